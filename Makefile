@@ -1,0 +1,42 @@
+# Two commands: `make demo` and `make test`. Everything is installed into .venv; PYTHON=python3.12 picks another interpreter.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# what decides the contents of .venv; a change of any of it sets .venv up anew
+STAMP := $(VENV)/.stamp-$(shell (cat pyproject.toml constraints.txt; $(PYTHON) --version) | sha256sum | cut -c1-16)
+
+.PHONY: help setup demo test test-all lint types clean
+
+help:
+	@echo "make demo      speak, train, decode and score the embedded corpus (egs/synth), about 10 minutes on 2 cores"
+	@echo "make test      the fast tests"
+	@echo "make test-all  all tests"
+	@echo "make lint      ruff"
+	@echo "make types     mypy"
+	@echo "make clean     remove .venv (experiments under egs/*/exp stay)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"error: Python {v[0]}.{v[1]} is too old; this project needs 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,synth]'
+	@touch $@
+
+demo: setup
+	@egs/synth/run.sh
+
+test: setup
+	$(PY) -m pytest -q
+
+test-all: setup
+	$(PY) -m pytest -q --slow all
+
+lint: setup
+	$(PY) -m ruff check .
+
+types: setup
+	$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV)

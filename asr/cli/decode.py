@@ -1,0 +1,59 @@
+"""``asr decode``: decode a cut manifest with a checkpoint and score it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "Decode a cut manifest with a checkpoint, write the result files and print the word error rate."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from asr.decoding import SEARCHES
+
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint file, e.g. EXP/train/average.pt")
+    parser.add_argument("--cuts", type=Path, required=True, help="cut manifest, e.g. EXP/data/cuts_test.jsonl.gz")
+    parser.add_argument("--search", choices=list(SEARCHES), help="the checkpoint's own if not given")
+    parser.add_argument(
+        "--out-dir", type=Path, help="folder for recogs, errs and wer-summary files; EXP/decode/SEARCH if not given"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="e.g. decoding.beam=8"
+    )
+    parser.add_argument(
+        "--emissions", type=int, default=0, metavar="N", help="plot the emission posteriors of the N worst utterances"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from asr.decoding.decode import decode_and_score, read_cuts
+    from asr.decoding.emission import worst_cuts, write_emissions
+    from asr.decoding.load import load_for_decoding
+
+    cuts = read_cuts(args.cuts)
+    loaded = load_for_decoding(args.checkpoint, args.device, args.search, args.overrides)
+    search = loaded.config.decoding.search
+    out_dir = args.out_dir or default_out_dir(args.checkpoint, search)
+    name = set_name(args.cuts)
+    report = decode_and_score(loaded.model, loaded.tokenizer, cuts, loaded.config, args.device, out_dir, name)
+    if args.emissions > 0:
+        chosen = worst_cuts(cuts, report.results, args.emissions)
+        write_emissions(out_dir, name, loaded.model, loaded.tokenizer, chosen, loaded.config, args.device)
+    print(f"{search}: {report.speed_line}")
+    print(f"results in {out_dir}")
+    print(report.score.cer_line)
+    print(report.score.interval_line)
+    print(report.score.wer_line)
+    return 0
+
+
+def default_out_dir(checkpoint: Path, search: str) -> Path:
+    """EXP/decode/SEARCH for a checkpoint in EXP/train, else decode/SEARCH beside the checkpoint."""
+    folder = checkpoint.resolve().parent
+    return (folder.parent if folder.name == "train" else folder) / "decode" / search
+
+
+def set_name(cuts: Path) -> str:
+    """``test`` for cuts_test.jsonl.gz."""
+    return cuts.name.split(".")[0].removeprefix("cuts_") or "test"

@@ -1,0 +1,62 @@
+"""The ``asr`` command: finds the subcommand, a module with ``HELP``, ``add_arguments`` and ``run``, and calls it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from asr.cli.guard import Parser, guarded, nearest
+from asr.errors import UserError
+
+# name -> one line for `asr --help`. A module is imported only when its name is asked for: torch takes seconds to load.
+COMMANDS = {
+    "train": "train a model from cut manifests and a configuration",
+    "average": "average the weights of several checkpoints into one",
+    "decode": "decode a cut manifest with a checkpoint and score it",
+    "transcribe": "print the text of audio files",
+    "doctor": "show versions, devices and optional parts, and how to install what is missing",
+    "presets": "show the model presets with their exact numbers of parameters",
+}
+
+
+def _usage() -> str:
+    lines = ["usage: asr COMMAND [options]", "", "A speech transducer toolkit.", "", "commands:"]
+    lines += [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
+    lines += ["", "`asr COMMAND --help` shows the options of a command."]
+    lines += ["`python -m recipes CORPUS` runs a whole recipe, from the download to the word error rate."]
+    return "\n".join(lines)
+
+
+def _run(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    name = argv[0]
+    if name == "--version":
+        from importlib.metadata import PackageNotFoundError, packages_distributions, version
+
+        owners = packages_distributions().get("asr", [])
+        try:
+            print(version(owners[0]) if owners else "not installed (run from a checkout)")
+        except PackageNotFoundError:
+            print("not installed (run from a checkout)")
+        return 0
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name}{nearest(name, COMMANDS)} (asr --help lists the commands)")
+    module = importlib.import_module(f"asr.cli.{name}")
+    parser = Parser(prog=f"asr {name}", description=module.HELP)
+    module.add_arguments(parser)
+    args: argparse.Namespace = parser.parse_args(list(argv[1:]))
+    return int(module.run(args) or 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the ``asr`` command line and returns its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: _run(words))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""``asr train``: trains a model from cut manifests and a configuration."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HELP = "Trains a model from cut manifests with features and a configuration; SIGTERM saves and stops, --resume goes on."
+
+
+class _HelpKeys(argparse.Action):
+    """Prints every configuration key with its meaning, type and default, and stops."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        from asr.config import make_parser
+
+        make_parser().print_help()
+        parser.exit()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", type=Path, action="append", default=[], metavar="FILE", help="settings, YAML; repeatable")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting, like optim.lr=0.001; repeatable")
+    add("--help-keys", action=_HelpKeys, nargs=0, help="list every KEY with its meaning, type and default")
+    add("--train-cuts", type=Path, required=True, metavar="FILE", help="lhotse cut manifest to train on")
+    add("--valid-cuts", type=Path, required=True, metavar="FILE", help="lhotse cut manifest to judge weights on")
+    add("--out-dir", type=Path, required=True, metavar="DIR", help="receives checkpoints, metrics and report.html")
+    text = "tokenizer.json; without it, one is learnt from the training texts and kept in the output folder"
+    add("--tokenizer", type=Path, metavar="FILE", help=text)
+    text = "auto: go on from the newest checkpoint of the output folder; none: start anew; else a checkpoint"
+    add("--resume", default="auto", metavar="auto|none|FILE", help=text)
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, or auto: cuda where there is one")
+    add("--seed", type=int, metavar="N", help="the same as --set seed=N")
+    add("--strict", action="store_true", help="stop if there are bad rows instead of leaving them out")
+
+
+def run(args: argparse.Namespace) -> int:
+    from asr.config import load_experiment
+
+    overrides = list(args.set)
+    if args.seed is not None:
+        overrides.append(f"seed={args.seed}")
+    if args.strict:
+        overrides.append("data.strict=true")
+    experiment = load_experiment(args.config, overrides)  # first: a misspelled key must not wait for the data
+
+    from asr.data.features import compute_stats
+    from asr.data.tokenizer import Tokenizer
+    from asr.decoding.decode import read_cuts
+    from asr.device import resolve_device
+    from asr.training.train_data import load_train_data
+    from asr.training.trainer import train
+
+    device = resolve_device(args.device)
+    kept = args.out_dir / "tokenizer.json"
+    path = args.tokenizer or (kept if kept.is_file() else None)
+    cuts = read_cuts(args.train_cuts)
+    if path is None:
+        texts = [part.text for cut in cuts for part in cut.supervisions if part.text]
+        tokenizer = Tokenizer.train(texts, experiment.tokenizer)
+    else:
+        tokenizer = Tokenizer.load(path)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(kept)
+    data = load_train_data(experiment, args.train_cuts, args.valid_cuts, tokenizer, compute_stats(cuts), args.out_dir)
+    result = train(experiment, data, args.out_dir, resume=args.resume, device=device)
+    print(f"{result.reason} at step {result.step}; report: {args.out_dir / 'report.html'}", flush=True)
+    return 0

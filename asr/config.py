@@ -1,0 +1,191 @@
+"""The experiment's configuration: one dataclass tree, strict YAML, dotted overrides.
+
+Every dataclass stands beside the class that it configures. Types, literals and ``--help`` come from jsonargparse, which
+reads plain dataclasses and their docstrings as they are; OmegaConf knows no ``Literal``, and tyro reads no YAML
+differences. Unknown keys are looked for here, before it, so that the nearest valid names can be told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from asr.data.loader import DataConfig
+from asr.data.tokenizer import TokenizerConfig
+from asr.decoding.search import DecodingConfig
+from asr.errors import UserError
+from asr.models.presets import PRESETS
+from asr.models.transducer import LossConfig, ModelConfig
+from asr.training.optim import OptimConfig
+from asr.training.trainer_config import AverageConfig, TrainingConfig
+
+
+@dataclass
+class Experiment:
+    """Everything that decides a run.
+
+    Args:
+        name: shown in reports.
+        seed: weights, order of batches, dropout and augmentation.
+        data: features, augmentation, batches.
+        tokenizer: kind and size.
+        model: architecture.
+        loss: objective.
+        optim: optimizer and schedule.
+        training: length of the run, checkpoints, precision.
+        average: which checkpoints become the model that decodes.
+        decoding: search.
+    """
+
+    name: str = "experiment"
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss, LossConfig) and self.loss.ctc_weight > 0 and not self.model.ctc:
+            raise UserError(f"loss.ctc_weight={self.loss.ctc_weight} needs a CTC head; set model.ctc=true")
+
+
+def dotted_keys(cls: type = Experiment, prefix: str = "") -> list[str]:
+    """Every valid dotted key below a configuration dataclass, branches included."""
+    keys = []
+    hints = typing.get_type_hints(cls)
+    for entry in dataclasses.fields(cls):
+        key = prefix + entry.name
+        keys.append(key)
+        if dataclasses.is_dataclass(hints[entry.name]):
+            keys += dotted_keys(hints[entry.name], key + ".")
+    return keys
+
+
+def _nearest(key: str, valid: list[str]) -> str:
+    # a wrong branch with the right last name ("lr" for "optim.lr") is as common as a slip of a letter
+    last = key.rsplit(".", 1)[-1]
+    names = [v for v in valid if v.rsplit(".", 1)[-1] == last]
+    names += [v for v in difflib.get_close_matches(key, valid, n=3, cutoff=0.5) if v not in names]
+    return ", ".join(names[:3]) if names else ", ".join(v for v in valid if "." not in v)
+
+
+def _check_keys(tree: dict[str, Any], source: str) -> None:
+    valid = dotted_keys()
+    branches = {key.rsplit(".", 1)[0] for key in valid if "." in key}
+
+    def visit(node: Any, prefix: str) -> None:
+        for name, value in node.items():
+            key = f"{prefix}{name}"
+            if key not in valid:
+                raise UserError(f"unknown key {key!r} in {source}; nearest valid: {_nearest(key, valid)}")
+            if key in branches:
+                if not isinstance(value, dict):
+                    raise UserError(f"{key} in {source} is a group of settings, not the value {value!r}; set {key}.NAME")
+                visit(value, key + ".")
+
+    visit(tree, "")
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    return merged
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"configuration {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as err:
+        raise UserError(f"configuration {path} cannot be read: {err}") from None
+    except yaml.YAMLError as err:
+        raise UserError(f"configuration {path} is not valid YAML: {' '.join(str(err).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"configuration {path} holds {type(tree).__name__}, expected settings as 'name: value'")
+    return tree
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """'a.b=c' to {'a': {'b': c}}; c is read as YAML."""
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise UserError(f"override {text!r} is not of the form key.name=value")
+    try:
+        node: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"override {text!r}: the value is not valid YAML") from None
+    for name in reversed(key.strip().split(".")):
+        node = {name: node}
+    return node
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of the whole tree; its help lists every key with type and default."""
+    parser = ArgumentParser(prog="--set", exit_on_error=False, usage="asr train --config FILE [--set KEY=VALUE ...]")
+    parser.add_class_arguments(Experiment, as_group=False)
+    return parser
+
+
+def from_dict(tree: dict[str, Any], source: str = "the configuration") -> Experiment:
+    """Typed, checked experiment of a plain tree; what is missing takes the preset's, then the default value.
+
+    Raises:
+        UserError: unknown key (with the nearest valid ones), wrong type, or a value outside its range.
+    """
+    _check_keys(tree, source)
+    preset = (tree.get("model") or {}).get("preset", ModelConfig().preset)
+    if preset not in PRESETS:
+        raise UserError(f"model.preset={preset!r} in {source} is unknown; valid: {', '.join(PRESETS)}")
+    tree = _merge({"model": PRESETS[preset]}, tree)
+    parser = make_parser()
+    try:
+        return Experiment(**vars(parser.instantiate_classes(parser.parse_object(tree))))
+    except UserError:
+        raise
+    except Exception as err:  # jsonargparse raises its own, argparse's and the dataclasses' errors
+        raise UserError(f"{source}: {' '.join(str(err).split())}") from None
+
+
+def load_experiment(paths: Path | list[Path] | None = None, overrides: list[str] | None = None) -> Experiment:
+    """Defaults, then the preset, then YAML files in order, then overrides 'a.b=c'.
+
+    Raises:
+        UserError: see :func:`from_dict`; also for files that cannot be read.
+    """
+    files = [] if paths is None else [paths] if isinstance(paths, (str, Path)) else paths
+    tree: dict[str, Any] = {}
+    for path in files:
+        part = _read_yaml(Path(path))
+        _check_keys(part, str(path))
+        tree = _merge(tree, part)
+    for text in overrides or []:
+        part = parse_override(text)
+        _check_keys(part, f"override {text!r}")
+        tree = _merge(tree, part)
+    names = [str(path) for path in files] + list(overrides or [])
+    return from_dict(tree, " ".join(names) or "the defaults")
+
+
+def to_dict(experiment: Experiment) -> dict[str, Any]:
+    """Plain nested dict of built-in types, JSON-able."""
+    return dataclasses.asdict(experiment)
+
+
+def dump(experiment: Experiment) -> str:
+    """YAML of every key, in the order of the dataclasses."""
+    return yaml.safe_dump(to_dict(experiment), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,222 @@
+"""Augmentation as pure functions of (seed, epoch, cut id, transform).
+
+No generator is shared between cuts, workers or epochs, so the same utterance gets the same treatment whichever worker
+meets it, in whatever order, and after any interruption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from lhotse import MonoCut
+
+SAMPLE_RATE_HZ = 16000
+
+
+@dataclass
+class AugmentConfig:
+    """Augmentation of the waveform.
+
+    With stored features the draws are made once per copy when features are computed; on the fly they are made in
+    every epoch.
+
+    Args:
+        speed_factors: every training utterance appears once per epoch at each of these speeds (Ko et al. 2015, "Audio
+            augmentation for speech recognition"); 1.1 is faster and shorter. [1.0] turns it off.
+        copies: how many independently augmented copies of each utterance and speed an epoch holds.
+        volume_db: the level changes by a gain drawn uniformly from minus to plus this many decibels; 0 turns it off.
+        noise_snr_db: range (low, high) of the signal-to-noise ratio in decibels of the noise that is added, white or
+            pink with equal chance; an empty list turns noise off.
+        noise_prob: probability that an utterance gets noise.
+    """
+
+    speed_factors: list[float] = field(default_factory=lambda: [0.9, 1.0, 1.1])
+    copies: int = 1
+    volume_db: float = 6.0
+    noise_snr_db: list[float] = field(default_factory=lambda: [10.0, 30.0])
+    noise_prob: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not self.speed_factors:
+            raise ValueError("speed_factors is empty; pass at least one speed, [1.0] for no change")
+        for factor in self.speed_factors:
+            if not 0.5 <= factor <= 2.0:
+                raise ValueError(f"speed_factors has {factor}; speeds must lie in [0.5, 2]")
+        if len(set(self.speed_factors)) != len(self.speed_factors):
+            raise ValueError(f"speed_factors={self.speed_factors} has a speed twice; use copies to repeat utterances")
+        if self.copies < 1:
+            raise ValueError(f"copies={self.copies}; at least 1 is needed")
+        if not 0 <= self.volume_db <= 40:
+            raise ValueError(f"volume_db={self.volume_db}; it must lie in [0, 40]")
+        if len(self.noise_snr_db) not in (0, 2):
+            raise ValueError(f"noise_snr_db={self.noise_snr_db}; pass two numbers (low, high), or [] for no noise")
+        if self.noise_snr_db and self.noise_snr_db[0] > self.noise_snr_db[1]:
+            raise ValueError(f"noise_snr_db={self.noise_snr_db}; the first number must not exceed the second")
+        if not 0 <= self.noise_prob <= 1:
+            raise ValueError(f"noise_prob={self.noise_prob}; a probability lies in [0, 1]")
+
+
+@dataclass
+class SpecAugmentConfig:
+    """Masking of features (Park et al. 2019, "SpecAugment"; time masks adapt to the length, Park et al. 2020).
+
+    Args:
+        time_masks: number of masks along time.
+        time_mask_max_frames: greatest width of one of them in feature frames of 10 ms.
+        time_mask_max_fraction: all masks along time together cover at most this fraction of the utterance, below 1.
+        freq_masks: number of masks along frequency.
+        freq_mask_max_bins: greatest width of one of them in mel bins.
+        prob: probability that an utterance is masked at all; 0 turns SpecAugment off.
+    """
+
+    time_masks: int = 5
+    time_mask_max_frames: int = 40
+    time_mask_max_fraction: float = 0.15
+    freq_masks: int = 2
+    freq_mask_max_bins: int = 27
+    prob: float = 0.9
+
+    def __post_init__(self) -> None:
+        for name in ("time_masks", "time_mask_max_frames", "freq_masks", "freq_mask_max_bins"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}; it must not be negative")
+        if not 0 <= self.time_mask_max_fraction < 1:
+            raise ValueError(f"time_mask_max_fraction={self.time_mask_max_fraction}; it must lie in [0, 1)")
+        if not 0 <= self.prob <= 1:
+            raise ValueError(f"prob={self.prob}; a probability lies in [0, 1]")
+
+
+def random_generator(seed: int, epoch: int, cut_id: str, transform: str) -> np.random.Generator:
+    """The generator of one transform of one cut in one epoch; equal arguments give equal draws on every machine."""
+    text = f"{seed}\0{epoch}\0{cut_id}\0{transform}"
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+
+
+def expand_cuts(cuts: Iterable[MonoCut], config: AugmentConfig) -> list[MonoCut]:
+    """Every cut at every speed, ``copies`` times: what one epoch of augmented training holds.
+
+    Ids get ``_sp0.9`` for a changed speed and ``_copy1`` for further copies. Durations are those after the change, so
+    that batches can be planned by them.
+    """
+    plain = list(cuts)
+    expanded: list[MonoCut] = []
+    for copy in range(config.copies):
+        for factor in config.speed_factors:
+            for cut in plain:
+                perturbed = cut if factor == 1.0 else cut.perturb_speed(factor)
+                expanded.append(perturbed if copy == 0 else replace(perturbed, id=f"{perturbed.id}_copy{copy}"))
+    return expanded
+
+
+def augment_samples(
+    samples: np.ndarray, config: AugmentConfig, *, seed: int, epoch: int, cut_id: str
+) -> np.ndarray:
+    """Change the level and add noise; a pure function of its arguments.
+
+    Args:
+        samples: float32 [N] at 16 kHz, without the silent tail.
+        config: what may happen and how strongly (speed is applied to the cut, see ``expand_cuts``).
+        seed: seed of the experiment.
+        epoch: the epoch, or the number of the copy when features are stored.
+        cut_id: the id of the cut, with the suffixes of ``expand_cuts``.
+
+    Returns:
+        float32 [N]. Values may pass 1 in magnitude: features do not mind and clipping would be one more distortion.
+    """
+    if config.volume_db > 0:
+        rng = random_generator(seed, epoch, cut_id, "volume")
+        gain_db = rng.uniform(-config.volume_db, config.volume_db)
+        samples = samples * np.float32(10.0 ** (gain_db / 20.0))
+    if config.noise_snr_db and config.noise_prob > 0:
+        rng = random_generator(seed, epoch, cut_id, "noise")
+        if rng.random() < config.noise_prob:
+            snr_db = rng.uniform(config.noise_snr_db[0], config.noise_snr_db[1])
+            noise = white_noise(rng, samples.size) if rng.random() < 0.5 else pink_noise(rng, samples.size)
+            samples = add_noise(samples, noise, snr_db)
+    return samples
+
+
+def white_noise(rng: np.random.Generator, num_samples: int) -> np.ndarray:
+    """Gaussian noise with equal power at all frequencies, float32 [num_samples]."""
+    return rng.standard_normal(num_samples, dtype=np.float32)
+
+
+def pink_noise(rng: np.random.Generator, num_samples: int) -> np.ndarray:
+    """Gaussian noise whose power falls by 3 dB an octave above 20 Hz, much as room noise; float32 [num_samples]."""
+    if num_samples == 0:
+        return np.zeros(0, dtype=np.float32)
+    size = 1 << max(1, (num_samples - 1).bit_length())
+    spectrum = np.fft.rfft(rng.standard_normal(size, dtype=np.float32))
+    frequencies_hz = np.fft.rfftfreq(size, 1.0 / SAMPLE_RATE_HZ)
+    spectrum *= 1.0 / np.sqrt(np.maximum(frequencies_hz, 20.0))
+    return np.fft.irfft(spectrum, n=size)[:num_samples].astype(np.float32)
+
+
+def add_noise(samples: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
+    """Add noise at a signal-to-noise ratio of mean powers over the whole utterance; digital silence stays as it is.
+
+    Args:
+        samples: float32 [N].
+        noise: float32 [N] of any level.
+        snr_db: ratio of the powers of samples and added noise in decibels.
+    """
+    signal_power = float(np.mean(np.square(samples, dtype=np.float64))) if samples.size else 0.0
+    noise_power = float(np.mean(np.square(noise, dtype=np.float64))) if noise.size else 0.0
+    if signal_power == 0.0 or noise_power == 0.0:
+        return samples
+    scale = np.sqrt(signal_power / noise_power * 10.0 ** (-snr_db / 10.0))
+    return samples + noise * np.float32(scale)
+
+
+def spec_augment(
+    features: np.ndarray,
+    config: SpecAugmentConfig,
+    *,
+    seed: int,
+    epoch: int,
+    cut_id: str,
+    num_frames: int | None = None,
+) -> None:
+    """Mask features in place; a pure function of its arguments.
+
+    Masked values become the mean of their mel bin over the utterance, which is close to zero for the network after
+    normalisation. The silent tail after ``num_frames`` is left alone: masking it would teach nothing.
+
+    Args:
+        features: float32 [T, F], changed in place.
+        config: number and size of masks.
+        seed: seed of the experiment.
+        epoch: the epoch.
+        cut_id: the id of the cut.
+        num_frames: frames of audio before the tail; all T by default.
+
+    Raises:
+        ValueError: masks along frequency could cover all F bins.
+    """
+    total = features.shape[0] if num_frames is None else min(num_frames, features.shape[0])
+    bins = features.shape[1]
+    if config.freq_masks * config.freq_mask_max_bins >= bins:
+        raise ValueError(
+            f"{config.freq_masks} masks of up to {config.freq_mask_max_bins} bins can hide all {bins} mel bins; "
+            f"lower freq_masks or freq_mask_max_bins"
+        )
+    rng = random_generator(seed, epoch, cut_id, "spec_augment")
+    if total == 0 or rng.random() >= config.prob:
+        return
+    audio = features[:total]
+    mean = audio.mean(axis=0)
+    if config.freq_masks > 0:
+        widths = rng.integers(0, config.freq_mask_max_bins + 1, size=config.freq_masks)
+        starts = rng.integers(0, bins - widths + 1)
+        for start, width in zip(starts, widths, strict=True):
+            audio[:, start : start + width] = mean[start : start + width]
+    if config.time_masks > 0:
+        share = int(config.time_mask_max_fraction * total) // config.time_masks
+        widths = rng.integers(0, min(config.time_mask_max_frames, share) + 1, size=config.time_masks)
+        starts = rng.integers(0, total - widths + 1)
+        for start, width in zip(starts, widths, strict=True):
+            audio[start : start + width] = mean

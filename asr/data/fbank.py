@@ -1,0 +1,194 @@
+"""The feature extractor and its geometry: log-mel energies of the waveform with a silent tail.
+
+Features are always those of the waveform with its silent tail (``pad_tail``), so a network sees the same end of an
+utterance in training, in offline decoding and on a device that is fed the same padded waveform.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import kaldi_native_fbank
+import numpy as np
+import torch
+from lhotse.features.base import FeatureExtractor, register_extractor
+
+from asr.data.augmentation import SAMPLE_RATE_HZ
+
+FRAME_SHIFT_MS = 10
+FRAME_SHIFT_SAMPLES = SAMPLE_RATE_HZ * FRAME_SHIFT_MS // 1000
+SUBSAMPLING = 4
+"""Feature frames per encoder frame: two unpadded 3x3 stride-2 convolutions, T' = (T - 3) // 4."""
+EXTRA_FRAMES = 3
+"""Feature frames that a chunk of C encoder frames needs beyond its own 4C."""
+
+
+@dataclass
+class FeatureConfig:
+    """Features and their storage.
+
+    Args:
+        num_mel_bins: mel bins; 80 is what device runtimes expect.
+        storage: stored computes features once in the features stage (fast epochs, about 32 kB a second of audio and
+            copy); on_the_fly computes them in the workers of the loader (fresh augmentation in every epoch, no disk).
+        tail_chunk_ms: silence is appended up to the next whole chunk of this length plus one chunk; a multiple of 40
+            ms, and a multiple of the chunk of a streaming model.
+        num_jobs: processes that compute stored features.
+    """
+
+    num_mel_bins: int = 80
+    storage: Literal["stored", "on_the_fly"] = "stored"
+    tail_chunk_ms: int = 320
+    num_jobs: int = 2
+
+    def __post_init__(self) -> None:
+        step_ms = SUBSAMPLING * FRAME_SHIFT_MS
+        if not 4 <= self.num_mel_bins <= 256:
+            raise ValueError(f"num_mel_bins={self.num_mel_bins}; it must lie in [4, 256]")
+        if self.storage not in ("stored", "on_the_fly"):
+            raise ValueError(f"storage={self.storage!r}; it must be stored or on_the_fly")
+        if self.tail_chunk_ms < step_ms or self.tail_chunk_ms % step_ms:
+            raise ValueError(f"tail_chunk_ms={self.tail_chunk_ms}; it must be a positive multiple of {step_ms}")
+        if self.num_jobs < 1:
+            raise ValueError(f"num_jobs={self.num_jobs}; at least 1 is needed")
+
+
+def padded_num_samples(num_samples: int, config: FeatureConfig) -> int:
+    """Length of a waveform after ``pad_tail``: a whole number of chunks plus three frames of overlap, in samples."""
+    chunk = config.tail_chunk_ms * SAMPLE_RATE_HZ // 1000
+    overlap = EXTRA_FRAMES * FRAME_SHIFT_SAMPLES
+    whole_chunks = max(0, -(-(num_samples - overlap) // chunk))
+    return (whole_chunks + 1) * chunk + overlap
+
+
+def num_feature_frames(num_samples: int, config: FeatureConfig) -> int:
+    """Feature frames T of a waveform of ``num_samples`` (before its tail); (T - 3) // 4 is a number of whole chunks."""
+    return padded_num_samples(num_samples, config) // FRAME_SHIFT_SAMPLES
+
+
+def num_encoder_frames(num_samples: int, config: FeatureConfig) -> int:
+    """Encoder frames T' = (T - 3) // 4 of a waveform of ``num_samples`` (before its tail): whole chunks."""
+    return (num_feature_frames(num_samples, config) - EXTRA_FRAMES) // SUBSAMPLING
+
+
+def num_audio_frames(num_samples: int) -> int:
+    """Feature frames of the audio itself, without the tail."""
+    return (num_samples + FRAME_SHIFT_SAMPLES // 2) // FRAME_SHIFT_SAMPLES
+
+
+def pad_tail(samples: np.ndarray, config: FeatureConfig) -> np.ndarray:
+    """Append silence up to the next whole chunk, plus one chunk.
+
+    Args:
+        samples: float32 [N] at 16 kHz.
+        config: ``tail_chunk_ms`` is the chunk.
+
+    Returns:
+        float32 [N'] whose features have T = 4 C n + 3 frames, so that (T - 3) // 4 encoder frames are n whole chunks
+        of C. At least one chunk of silence follows the audio: the encoder and the search get to see the end of the
+        last word.
+    """
+    padded = np.zeros(padded_num_samples(samples.size, config), dtype=np.float32)
+    padded[: samples.size] = samples
+    return padded
+
+
+class Fbank:
+    """Log-mel energies by kaldi-native-fbank with the settings that device runtimes use, equal to theirs bit by bit.
+
+    25 ms Povey windows every 10 ms, 512-point FFT, mel bins from 20 Hz to 7600 Hz, pre-emphasis 0.97, DC removed, no
+    dither, frames centred on multiples of 10 ms (snip_edges off), no energy. Samples in [-1, 1], not in the 16-bit
+    range.
+    """
+
+    def __init__(self, config: FeatureConfig | None = None) -> None:
+        self.config = FeatureConfig() if config is None else config
+        options = kaldi_native_fbank.FbankOptions()
+        options.frame_opts.samp_freq = SAMPLE_RATE_HZ
+        options.frame_opts.frame_shift_ms = FRAME_SHIFT_MS
+        options.frame_opts.frame_length_ms = 25
+        options.frame_opts.dither = 0
+        options.frame_opts.preemph_coeff = 0.97
+        options.frame_opts.remove_dc_offset = True
+        options.frame_opts.window_type = "povey"
+        options.frame_opts.round_to_power_of_two = True
+        options.frame_opts.snip_edges = False
+        options.mel_opts.num_bins = self.config.num_mel_bins
+        options.mel_opts.low_freq = 20
+        options.mel_opts.high_freq = -400
+        options.use_energy = False
+        self._options = options
+
+    def extract(self, samples: np.ndarray) -> np.ndarray:
+        """Features of a waveform as it is; call ``pad_tail`` before.
+
+        Args:
+            samples: float32 [N] in [-1, 1] at 16 kHz.
+
+        Returns:
+            float32 [T, num_mel_bins] with T = (N + 80) // 160.
+
+        Raises:
+            ValueError: ``samples`` is not a float32 vector, or holds a value that is not finite.
+        """
+        if samples.ndim != 1 or samples.dtype != np.float32:
+            raise ValueError(f"samples must be float32 [N], got {samples.dtype} of shape {samples.shape}")
+        if not np.isfinite(samples).all():
+            raise ValueError("samples hold NaN or infinity; the recording is broken")
+        bank = kaldi_native_fbank.OnlineFbank(self._options)
+        bank.accept_waveform(SAMPLE_RATE_HZ, samples)
+        bank.input_finished()
+        features = np.empty((bank.num_frames_ready, self.config.num_mel_bins), dtype=np.float32)
+        for t in range(len(features)):
+            features[t] = bank.get_frame(t)
+        return features
+
+
+@dataclass
+class FbankExtractorConfig:
+    """What lhotse stores beside features.
+
+    Args:
+        num_mel_bins: mel bins.
+        tail_chunk_ms: chunk of the silent tail.
+    """
+
+    num_mel_bins: int = 80
+    tail_chunk_ms: int = 320
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> FbankExtractorConfig:
+        return FbankExtractorConfig(**data)
+
+
+@register_extractor
+class FbankExtractor(FeatureExtractor):
+    """``pad_tail`` and ``Fbank`` behind lhotse's interface, for its tools; the toolkit itself calls them directly."""
+
+    name = "tail-padded-fbank"
+    config_type = FbankExtractorConfig
+
+    def __init__(self, config: FbankExtractorConfig | None = None) -> None:
+        super().__init__(config)
+        self._features = FeatureConfig(num_mel_bins=self.config.num_mel_bins, tail_chunk_ms=self.config.tail_chunk_ms)
+        self._fbank = Fbank(self._features)
+
+    @property
+    def frame_shift(self) -> float:
+        return FRAME_SHIFT_MS / 1000
+
+    def feature_dim(self, sampling_rate: int) -> int:
+        return int(self.config.num_mel_bins)
+
+    def extract(self, samples: Any, sampling_rate: int) -> np.ndarray:
+        """Features float32 [T, F] of samples [N] or [1, N] at 16 kHz, tail included."""
+        if sampling_rate != SAMPLE_RATE_HZ:
+            raise ValueError(f"sampling rate is {sampling_rate} Hz; features need {SAMPLE_RATE_HZ}, resample the audio")
+        array = samples.numpy() if isinstance(samples, torch.Tensor) else np.asarray(samples)
+        if array.ndim == 2 and array.shape[0] != 1:
+            raise ValueError(f"samples have {array.shape[0]} channels; features need one")
+        return self._fbank.extract(pad_tail(array.reshape(-1).astype(np.float32, copy=False), self._features))

@@ -1,0 +1,430 @@
+"""Batches for training and evaluation.
+
+The main process plans an epoch: which cuts form which batch, from durations alone. Workers turn a list of cut numbers
+into a Batch, and are pure functions of it: batch k of epoch e has the same bits whatever the number of workers, and
+whether the batches before it were loaded or skipped. A resumed run therefore needs to remember the epoch and the
+number of batches that it consumed, nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import threading
+import warnings
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from lhotse import CutSet, MonoCut
+from lhotse.dataset import DynamicBucketingSampler
+from lhotse.dataset.sampling.base import SamplingConstraint
+from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
+from torch.utils.data import DataLoader, Dataset
+
+from asr.data.augmentation import AugmentConfig, SpecAugmentConfig, expand_cuts, random_generator, spec_augment
+from asr.data.batch import Batch, collate
+from asr.data.features import (
+    Fbank,
+    FeatureConfig,
+    check_stored_features,
+    compute_cut_features,
+    load_stored_features,
+    num_audio_frames,
+)
+from asr.data.tokenizer import Tokenizer, UnknownToken
+from asr.errors import UserError
+
+PREFETCH_PER_WORKER = 3
+
+
+@dataclass
+class DataConfig:
+    """From cuts to batches.
+
+    Args:
+        features: the features and whether they are stored.
+        augment: augmentation of the waveform of training cuts.
+        spec_augment: masking of the features of training cuts.
+        max_duration_s: audio seconds in a batch at most, counted as utterances times the longest they may be; one
+            utterance that is longer forms a batch of its own.
+        num_buckets: training batches hold utterances of one of this many classes of similar duration.
+        num_workers: processes that load batches; 0 loads them in the main process.
+        shuffle: draw training batches in random order; otherwise take cuts in the order given.
+        strict: stop at the first bad row instead of leaving it out.
+        max_bad_fraction: stop when more than this fraction of rows is bad.
+    """
+
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
+    max_duration_s: float = 120.0
+    num_buckets: int = 10
+    num_workers: int = 2
+    shuffle: bool = True
+    strict: bool = False
+    max_bad_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.max_duration_s <= 0:
+            raise ValueError(f"max_duration_s={self.max_duration_s}; it must be positive")
+        if self.num_buckets < 1:
+            raise ValueError(f"num_buckets={self.num_buckets}; at least 1 is needed")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers}; it must not be negative")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction={self.max_bad_fraction}; it must lie in [0, 1]")
+
+
+class BatchLoader(Iterable[Batch]):
+    """Batches in a fixed order. ``len`` is the number that an iteration gives; each iteration starts anew.
+
+    Leaving an iteration early ends its workers, also by an exception or a signal handler that raises.
+    """
+
+    def __init__(self, dataset: BatchDataset, batches: list[list[int]], num_workers: int, pin_memory: bool) -> None:
+        self.batches = batches
+        self._dataset = dataset
+        self._num_workers = min(num_workers, len(batches))
+        self._pin_memory = pin_memory
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._num_workers == 0:
+            return self._inline()
+        return self._with_workers()
+
+    def _inline(self) -> Iterator[Batch]:
+        for indices in self.batches:
+            batch = _unwrap(self._dataset[indices])
+            yield batch.pin_memory() if self._pin_memory else batch
+
+    def _with_workers(self) -> Iterator[Batch]:
+        loader = DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=_Order(self.batches),
+            collate_fn=_identity,
+            num_workers=self._num_workers,
+            worker_init_fn=_start_worker,
+            prefetch_factor=PREFETCH_PER_WORKER,
+            pin_memory=self._pin_memory,
+            # forked workers share the cuts of the parent; elsewhere they are pickled once per worker
+            multiprocessing_context="fork" if sys.platform == "linux" else "spawn",
+        )
+        iterator = iter(loader)
+        try:
+            while True:
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    raise _explain_dead_worker(error) from error
+                yield _unwrap(item)
+        finally:
+            # the last reference: its destructor ends the workers now and not at some later collection
+            del iterator
+
+
+class BatchDataset(Dataset[Batch]):
+    """Turns a list of cut numbers into a Batch: a pure function, run in workers.
+
+    Args:
+        cuts: all cuts of the epoch.
+        tokenizer: None leaves targets empty.
+        config: features and augmentation.
+        seed: seed of the experiment.
+        epoch: the epoch, or None for evaluation, which augments nothing.
+    """
+
+    def __init__(
+        self, cuts: Sequence[MonoCut], tokenizer: Tokenizer | None, config: DataConfig, seed: int, epoch: int | None
+    ) -> None:
+        self._cuts = cuts
+        self._tokenizer = tokenizer
+        self._config = config
+        self._seed = seed
+        self._epoch = epoch
+        self._fbank = Fbank(config.features)
+
+    def __len__(self) -> int:
+        return len(self._cuts)
+
+    def __getitem__(self, indices: list[int]) -> Batch | _Failure:  # type: ignore[override]
+        try:
+            return self._load([self._cuts[index] for index in indices])
+        except UserError as error:
+            # an exception would arrive with the traceback of the worker in its message
+            return _Failure(str(error))
+
+    def _load(self, cuts: list[MonoCut]) -> Batch:
+        texts = [transcript(cut) for cut in cuts]
+        targets = [self._encode(cut, text) for cut, text in zip(cuts, texts, strict=True)]
+        features = [self._features(cut) for cut in cuts]
+        batch = collate(features, targets, [cut.id for cut in cuts], texts, [cut.duration for cut in cuts])
+        if self._epoch is not None and self._config.spec_augment.prob > 0:
+            # on the padded copy: stored features are a read-only map
+            for row, cut in zip(batch.features.numpy(), cuts, strict=True):
+                spec_augment(
+                    row,
+                    self._config.spec_augment,
+                    seed=self._seed,
+                    epoch=self._epoch,
+                    cut_id=cut.id,
+                    num_frames=num_audio_frames(cut.num_samples),
+                )
+        return batch
+
+    def _encode(self, cut: MonoCut, text: str) -> list[int]:
+        if self._tokenizer is None:
+            return []
+        try:
+            return self._tokenizer.encode(text)
+        except UnknownToken as error:
+            raise UserError(f"cut {cut.id}: {error}") from error
+
+    def _features(self, cut: MonoCut) -> np.ndarray:
+        if cut.features is not None:
+            return load_stored_features(cut)
+        if self._epoch is None:
+            return compute_cut_features(cut, self._fbank)
+        return compute_cut_features(cut, self._fbank, self._config.augment, seed=self._seed, epoch=self._epoch)
+
+
+def train_loader(
+    cuts: CutSet | Sequence[MonoCut],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    *,
+    seed: int,
+    epoch: int,
+    skip_batches: int = 0,
+    pin_memory: bool = False,
+) -> BatchLoader:
+    """Augmented batches of one epoch, in random order, every cut exactly once.
+
+    Args:
+        cuts: with stored features if ``config.features.storage`` is "stored" (then speeds and copies are among them
+            already); with recordings otherwise (then speeds and copies are added here).
+        tokenizer: makes the targets.
+        config: how.
+        seed: seed of the experiment.
+        epoch: number of the epoch; decides order and augmentation.
+        skip_batches: leave out this many batches of the epoch without loading them; the others stay bit-identical.
+        pin_memory: page-locked memory, for copies to a CUDA device.
+
+    Raises:
+        UserError: there are no cuts; or stored features are missing or were made with other settings. While
+            iterating: a cut cannot be loaded, or a worker was killed.
+    """
+    cut_list = list(cuts)
+    if not cut_list:
+        raise UserError("no cuts to train on")
+    if skip_batches < 0:
+        raise ValueError(f"skip_batches={skip_batches}; it must not be negative")
+    if config.features.storage == "stored":
+        check_stored_features(cut_list, config.features)
+    else:
+        cut_list = expand_cuts([cut.drop_features() for cut in cut_list], config.augment)
+    batches = plan_epoch([cut.duration for cut in cut_list], config, seed=seed, epoch=epoch)
+    dataset = BatchDataset(cut_list, tokenizer, config, seed, epoch)
+    return BatchLoader(dataset, batches[skip_batches:], config.num_workers, pin_memory)
+
+
+def eval_loader(
+    cuts: CutSet | Sequence[MonoCut],
+    tokenizer: Tokenizer | None,
+    config: DataConfig,
+    *,
+    max_duration_s: float | None = None,
+    num_workers: int | None = None,
+    pin_memory: bool = False,
+) -> BatchLoader:
+    """Batches without augmentation, longest utterances first, every cut exactly once.
+
+    Args:
+        cuts: stored features are used where a cut has them, others are computed from its audio (with the same result).
+        tokenizer: makes the targets; None leaves them empty.
+        config: how.
+        max_duration_s: audio seconds in a batch; ``config.max_duration_s`` by default.
+        num_workers: processes; ``config.num_workers`` by default.
+        pin_memory: page-locked memory, for copies to a CUDA device.
+
+    Raises:
+        UserError: there are no cuts, or stored features were made with other settings; while iterating as for training.
+    """
+    cut_list = list(cuts)
+    if not cut_list:
+        raise UserError("no cuts to evaluate on")
+    check_stored_features((cut for cut in cut_list if cut.features is not None), config.features)
+    limit_s = config.max_duration_s if max_duration_s is None else max_duration_s
+    if limit_s <= 0:
+        raise ValueError(f"max_duration_s={limit_s}; it must be positive")
+    order = sorted(range(len(cut_list)), key=lambda i: (-cut_list[i].duration, cut_list[i].id))
+    batches: list[list[int]] = []
+    for index in order:
+        # the first cut of a batch is its longest
+        if batches and (len(batches[-1]) + 1) * cut_list[batches[-1][0]].duration <= limit_s:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    workers = config.num_workers if num_workers is None else num_workers
+    return BatchLoader(BatchDataset(cut_list, tokenizer, config, 0, None), batches, workers, pin_memory)
+
+
+def transcript(cut: MonoCut) -> str:
+    """The text of a cut's supervision; empty if it has none."""
+    return cut.supervisions[0].text or "" if cut.supervisions else ""
+
+
+def plan_epoch(durations_s: Sequence[float], config: DataConfig, *, seed: int, epoch: int) -> list[list[int]]:
+    """Which cuts form which batch: a pure function of its arguments, by lhotse's dynamic bucketing.
+
+    Args:
+        durations_s: duration of each cut.
+        config: ``max_duration_s``, ``num_buckets``, ``shuffle``.
+        seed: seed of the experiment.
+        epoch: number of the epoch.
+
+    Returns:
+        The batches of the epoch as lists of numbers of cuts; every cut is in one of them.
+    """
+    items = [_Item(index, duration_s) for index, duration_s in enumerate(durations_s)]
+    epoch_seed = int(random_generator(seed, epoch, "", "batches").integers(2**62))
+    bins = _bucket_limits(items, config.num_buckets)
+    if config.shuffle:
+        # the sampler shuffles within a buffer only
+        random.Random(epoch_seed).shuffle(items)
+    with warnings.catch_warnings():
+        # about lazy cut sets, buffers that are larger than the corpus and utterances longer than a batch: all
+        # intended here
+        warnings.simplefilter("ignore")
+        sampler = DynamicBucketingSampler(
+            items,
+            constraint=_PaddedDuration(config.max_duration_s, bins, max(durations_s)),
+            duration_bins=bins,
+            shuffle=config.shuffle,
+            seed=epoch_seed,
+            world_size=1,
+            rank=0,
+            sync_buckets=False,
+        )
+        return [[item.index for item in batch] for batch in sampler]
+
+
+@dataclass
+class _Item:
+    """What the sampler needs to know of a cut (it also hangs its own notes on it, so no slots)."""
+
+    index: int
+    duration: float
+
+
+def _bucket_limits(items: Sequence[_Item], num_buckets: int) -> list[float]:
+    """Durations that separate buckets of equal total duration."""
+    buckets = min(num_buckets, len(items))
+    if buckets < 2:
+        return [max(item.duration for item in items)]
+    return [float(limit) for limit in estimate_duration_buckets(items, num_buckets=buckets)]
+
+
+class _PaddedDuration(SamplingConstraint):
+    """Keeps utterances times longest duration within a limit.
+
+    lhotse's own constraint stops when one more utterance of the longest *seen* duration would be too much, and is
+    surprised when the next is longer. This one reckons with the longest that the bucket may hold.
+    """
+
+    def __init__(self, max_duration_s: float, bins: Sequence[float], longest_s: float) -> None:
+        self._max_duration_s = max_duration_s
+        self._bins = [*bins, longest_s]
+        self._count = 0
+        self._longest_s = 0.0
+
+    def add(self, example: _Item) -> None:
+        self._count += 1
+        bucket = bisect_left(self._bins, example.duration)
+        self._longest_s = max(self._longest_s, self._bins[min(bucket, len(self._bins) - 1)])
+
+    def exceeded(self) -> bool:
+        return self._count * self._longest_s > self._max_duration_s
+
+    def close_to_exceeding(self) -> bool:
+        return (self._count + 1) * self._longest_s > self._max_duration_s
+
+    def reset(self) -> None:
+        self._count = 0
+        self._longest_s = 0.0
+
+    def measure_length(self, example: _Item) -> float:
+        return example.duration
+
+
+class _Order:
+    """A sampler of torch's DataLoader: one batch is one item."""
+
+    def __init__(self, batches: list[list[int]]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+@dataclass
+class _Failure:
+    """What a worker returns when a batch cannot be loaded."""
+
+    message: str
+
+
+def _identity(item: Any) -> Any:
+    return item
+
+
+def _unwrap(item: Batch | _Failure) -> Batch:
+    if isinstance(item, _Failure):
+        raise UserError(item.message)
+    return item
+
+
+def _explain_dead_worker(error: RuntimeError) -> Exception:
+    """A clear line for a worker that was killed; any other error comes through with its traceback."""
+    message = str(error)
+    if "DataLoader worker" not in message or "Traceback" in message:
+        return error
+    if "Bus error" in message or "shared memory" in message:
+        return UserError(
+            "a worker of the data loader ran out of shared memory (/dev/shm); enlarge it, lower data.max_duration_s, "
+            "or set data.num_workers=0"
+        )
+    return UserError(
+        f"a worker of the data loader was killed, perhaps for lack of memory; lower data.num_workers or "
+        f"data.max_duration_s ({message.splitlines()[0]})"
+    )
+
+
+def _start_worker(worker_id: int) -> None:
+    """Signals for the whole process group are the main process's business: it saves and then ends its workers."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        # torch's own handler would let the worker die, and the main process with an error instead of a checkpoint
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_on_order_of_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_on_order_of_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

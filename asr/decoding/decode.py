@@ -1,0 +1,163 @@
+"""Decode a set of cuts that have references, and score the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lhotse import CutSet
+from lhotse.cut import Cut
+
+from asr.data.batch import Batch
+from asr.data.loader import eval_loader
+from asr.data.tokenizer import Tokenizer
+from asr.decoding import SEARCHES
+from asr.decoding.results import write_results
+from asr.decoding.score import Score, Transcribed, score
+from asr.decoding.search import DecodingConfig, Hypothesis
+from asr.errors import UserError
+
+if TYPE_CHECKING:  # asr.config imports asr.decoding
+    from asr.config import Experiment
+
+
+@dataclass(frozen=True)
+class Decoded(Transcribed):
+    """One utterance of a test set with what the search found; ``duration_s`` is without the silent tail."""
+
+    hypothesis: Hypothesis
+    duration_s: float
+
+
+@dataclass(frozen=True)
+class DecodeReport:
+    """What ``decode_and_score`` found; ``seconds`` is the wall time of reading, encoding and searching."""
+
+    results: list[Decoded]
+    score: Score
+    seconds: float
+
+    @property
+    def audio_s(self) -> float:
+        return sum(result.duration_s for result in self.results)
+
+    @property
+    def speed_line(self) -> str:
+        times = self.audio_s / self.seconds if self.seconds > 0 else 0.0
+        spent = f"{self.seconds:.1f} s ({times:.0f} times real time)"
+        return f"{len(self.results)} utterances, {self.audio_s:.1f} s of audio in {spent}"
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Dropout off; afterwards the model is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.inference_mode()
+def decode_features(
+    model: Any, features: torch.Tensor, feature_lens: torch.Tensor, config: DecodingConfig
+) -> list[Hypothesis]:
+    """Encode and search one batch: ``features [B, T, F]``, ``feature_lens [B]``, on the model's device."""
+    enc, enc_lens = model.encode(features, feature_lens)
+    return SEARCHES[config.search](model, enc, enc_lens, config)
+
+
+def decode_batch(model: Any, tokenizer: Tokenizer, batch: Batch, config: DecodingConfig) -> list[Decoded]:
+    """Decode one batch that is on the model's device."""
+    hypotheses = decode_features(model, batch.features, batch.feature_lens, config)
+    rows = zip(batch.cut_ids, batch.texts, hypotheses, batch.durations_s, strict=True)
+    return [
+        Decoded(cut_id, text, tokenizer.decode(found.tokens), found, duration_s)
+        for cut_id, text, found, duration_s in rows
+    ]
+
+
+def decode_cuts(
+    model: Any, tokenizer: Tokenizer, cuts: CutSet, config: Experiment, device: str | torch.device = "cpu"
+) -> list[Decoded]:
+    """Decode every cut once.
+
+    Args:
+        model: a transducer on ``device``; it decodes in evaluation mode and is left in the mode that it came in.
+        tokenizer: of the model.
+        cuts: with audio, or stored features if the configuration says so; the references may hold any characters.
+        config: ``data.features`` and ``decoding`` are used.
+        device: where the model is.
+
+    Returns:
+        One entry per cut, sorted by cut id.
+    """
+    results: list[Decoded] = []
+    # Without a tokenizer: the references are compared as text, so words that it cannot spell are no reason to fail.
+    loader = eval_loader(cuts, None, config.data, max_duration_s=config.decoding.batch_duration_s)
+    with evaluation_mode(model):
+        for batch in loader:
+            results += decode_batch(model, tokenizer, batch.to(device), config.decoding)
+    return sorted(results, key=lambda result: result.cut_id)
+
+
+def decode_and_score(
+    model: Any,
+    tokenizer: Tokenizer,
+    cuts: CutSet,
+    config: Experiment,
+    device: str | torch.device = "cpu",
+    out_dir: Path | None = None,
+    name: str = "test",
+) -> DecodeReport:
+    """Decode, score, and write the result files of ``asr.decoding.results`` into ``out_dir`` (None: write nothing).
+
+    Raises:
+        UserError: there are no cuts.
+        OSError: a file cannot be written.
+    """
+    start = time.perf_counter()
+    results = decode_cuts(model, tokenizer, cuts, config, device)
+    seconds = time.perf_counter() - start
+    if not results:
+        raise UserError(f"there are no utterances in the {name} set; nothing to decode")
+    if out_dir is None:
+        return DecodeReport(results, score(results), seconds)
+    return DecodeReport(results, write_results(out_dir, name, setting_name(config.decoding), results), seconds)
+
+
+def setting_name(config: DecodingConfig) -> str:
+    """How a summary names a search: with the settings that it depends on."""
+    if config.search == "greedy":
+        return f"greedy-max-symbols-{config.max_symbols_per_frame}"
+    return f"{config.search}-beam-{config.beam}"
+
+
+def read_cuts(path: Path) -> CutSet:
+    """A cut manifest, whole in memory.
+
+    Raises:
+        UserError: the file is absent, is no cut manifest, or holds no cuts.
+    """
+    if not path.is_file():
+        raise UserError(f"cut manifest {path} does not exist")
+    try:
+        cuts = CutSet.from_cuts(_only_cuts(CutSet.from_file(path)))
+    except Exception as error:  # lhotse, gzip and json each raise their own
+        raise UserError(f"{path} is no readable cut manifest: {' '.join(str(error).split())[:200]}") from None
+    if not len(cuts):
+        raise UserError(f"cut manifest {path} holds no cuts")
+    return cuts
+
+
+def _only_cuts(items: Iterable[Any]) -> Iterator[Cut]:
+    for item in items:
+        if not isinstance(item, Cut):
+            raise ValueError(f"it holds {type(item).__name__} entries, not cuts")
+        yield item

@@ -1,0 +1,120 @@
+"""Greedy transducer search without a loop over frames."""
+
+from __future__ import annotations
+
+import torch
+
+from asr.decoding.search import (
+    BLANK,
+    DecodingConfig,
+    Hypothesis,
+    SearchModel,
+    check_search_inputs,
+    project_valid_frames,
+    replace_rows,
+    select_rows,
+)
+
+# Frames looked at per iteration. Speech emits a token every 3 to 8 encoder frames of 40 ms: a wider window would join
+# frames that the next emission makes stale, a narrower one would add iterations.
+WINDOW_FRAMES = 8
+
+
+@torch.inference_mode()
+def greedy(
+    model: SearchModel,
+    enc: torch.Tensor,
+    enc_lens: torch.Tensor,
+    config: DecodingConfig,
+    *,
+    window: int = WINDOW_FRAMES,
+) -> list[Hypothesis]:
+    """Most probable symbol at every step, for all utterances of a batch at once.
+
+    The loop runs over labels (Bataev et al. 2024, "Label-Looping: Highly Efficient Decoding for Transducers"): the
+    predictor's output changes only when a label is emitted, so one tensor operation joins it with the next ``window``
+    frames of every stream, and each stream jumps to its first frame whose best symbol is not blank. The result is that
+    of the frame-by-frame loop; only the order of the work differs.
+
+    After a blank the stream goes on at the next frame. After a label it stays on the frame until
+    ``config.max_symbols_per_frame`` labels were emitted there, and then goes on without asking for a blank.
+
+    Args:
+        model: anything with the ``predictor`` and ``joiner`` of a transducer.
+        enc: encoder output ``[B, T, D]``, float. Frames at or after ``enc_lens`` are never used (NaN may be there).
+        enc_lens: ``[B]``, integers in 0..T.
+        config: ``max_symbols_per_frame`` is used.
+        window: frames joined per iteration, at least 1. It changes speed, never the result.
+
+    Returns:
+        One hypothesis per row; ``score`` is the sum of the log-probabilities of the symbols taken, blanks included.
+
+    Raises:
+        ValueError: for wrong shapes, lengths over T, or ``window`` below 1.
+    """
+    if window < 1:
+        raise ValueError(f"window={window} must be at least 1; leave the default")
+    lens = check_search_inputs(enc, enc_lens)
+    batch_size, num_frames, _ = enc.shape
+    if batch_size == 0 or num_frames == 0:
+        return [Hypothesis([], [], 0.0) for _ in range(batch_size)]
+
+    enc_p = project_valid_frames(model.joiner, enc, lens)
+    state = model.predictor.init_state(batch_size, enc.device)
+    pred_p = model.joiner.project_predictor(model.predictor.output(state))
+    offsets = torch.arange(window, device=enc.device)
+    frame = torch.zeros_like(lens)  # next frame of each stream
+    emitted_here = torch.zeros_like(lens)  # labels already emitted at that frame
+    score = torch.zeros(batch_size, dtype=torch.promote_types(enc_p.dtype, torch.float32), device=enc.device)
+    emissions: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    while True:
+        rows = (frame < lens).nonzero()[:, 0]
+        if rows.numel() == 0:
+            break
+        start = frame[rows]
+        frames = start[:, None] + offsets  # [b, W]
+        valid = frames < lens[rows, None]
+        joined = model.joiner.logits(enc_p[rows[:, None], frames.clamp(max=num_frames - 1)], pred_p[rows, None])
+        joined = joined.to(score.dtype)  # [b, W, V]
+        best, labels = joined.max(-1)
+        log_prob = best - joined.logsumexp(-1)  # of the best symbol at each frame of the window
+
+        hit = (labels != BLANK) & valid
+        emits = hit.any(1)
+        # Frames passed over: the blanks before the first label, or the whole window when it holds no label.
+        passed = torch.where(emits, hit.int().argmax(1), window)
+        taken = valid & (offsets <= passed[:, None])
+        score[rows] += torch.where(taken, log_prob, 0.0).sum(1)
+
+        at = (start + passed).where(emits, (start + window).minimum(lens[rows]))
+        count = torch.where(passed == 0, emitted_here[rows], 0) + 1
+        leaves = emits & (count >= config.max_symbols_per_frame)
+        frame[rows] = at + leaves.long()
+        emitted_here[rows] = torch.where(emits & ~leaves, count, 0)
+
+        hits = emits.nonzero()[:, 0]
+        if hits.numel():
+            where, emitting = passed[hits], rows[hits]
+            tokens = labels[hits, where]
+            emissions.append((emitting, tokens, at[hits], log_prob[hits, where]))
+            stepped = model.predictor.step(tokens, select_rows(state, emitting))
+            state = replace_rows(state, emitting, stepped)
+            fresh = model.joiner.project_predictor(model.predictor.output(stepped))
+            pred_p = pred_p.index_copy(0, emitting, fresh.to(pred_p.dtype))
+    return _collect(score, emissions)
+
+
+def _collect(
+    score: torch.Tensor, emissions: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]
+) -> list[Hypothesis]:
+    """Sort the emissions by stream; their order in time is kept."""
+    hypotheses = [Hypothesis([], [], total) for total in score.tolist()]
+    if emissions:
+        rows, tokens, frames, log_probs = (torch.cat(column) for column in zip(*emissions, strict=True))
+        columns = (rows.tolist(), tokens.tolist(), frames.tolist(), log_probs.exp().tolist())
+        for row, token, frame, confidence in zip(*columns, strict=True):
+            hypotheses[row].tokens.append(token)
+            hypotheses[row].frames.append(frame)
+            hypotheses[row].confidences.append(confidence)
+    return hypotheses

@@ -1,0 +1,73 @@
+"""A checkpoint made ready to decode: on its device, with the settings of this run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asr import checkpoint
+from asr.config import Experiment, from_dict, parse_override, to_dict
+from asr.decoding import SEARCHES
+from asr.errors import UserError
+
+# The rest of a configuration describes how the weights came about. Changing it now would be silently without effect.
+CHANGEABLE = ("decoding", "data")
+
+
+def load_for_decoding(
+    path: Path, device: str = "cpu", search: str | None = None, overrides: Sequence[str] = ()
+) -> checkpoint.Loaded:
+    """Load a checkpoint and change its decoding settings.
+
+    Args:
+        path: checkpoint file.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        search: a name of ``SEARCHES``; None keeps the checkpoint's.
+        overrides: ``decoding.name=value`` or ``data.name=value``.
+
+    Raises:
+        UserError: no such device, checkpoint or search; a setting that is unknown, of the wrong type or not changeable.
+    """
+    check_device(device)
+    if search is not None and search not in SEARCHES:
+        raise UserError(f"unknown search {search!r}; choose one of {', '.join(SEARCHES)}")
+    loaded = checkpoint.load(path, device)
+    loaded.config = override(loaded.config, [f"decoding.search={search}", *overrides] if search else overrides)
+    return loaded
+
+
+def check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"there is no device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
+
+
+def override(config: Experiment, overrides: Sequence[str]) -> Experiment:
+    """A configuration with ``a.b=c`` applied to its ``decoding`` and ``data`` parts."""
+    tree = to_dict(config)
+    for text in overrides:
+        change = parse_override(text)
+        root = next(iter(change))
+        if root not in CHANGEABLE:
+            raise UserError(
+                f"{text!r}: a trained model decodes with the {root!r} settings that it was trained with;"
+                f" only {' and '.join(f'{name}.*' for name in CHANGEABLE)} can be set here"
+            )
+        _merge_into(tree, change)
+    return from_dict(tree, "--set " + " ".join(overrides) if overrides else "the checkpoint's configuration")
+
+
+def _merge_into(tree: dict[str, Any], change: dict[str, Any]) -> None:
+    for key, value in change.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge_into(tree[key], value)
+        else:
+            tree[key] = value

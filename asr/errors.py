@@ -1,0 +1,11 @@
+"""Errors that a user can act on."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Wrong input or a state of the disk that the user can mend.
+
+    The message is one line: what is wrong, the value, the limit, and what to change. Command-line programs print it
+    as ``error: <message>`` and exit with code 2, without a traceback.
+    """

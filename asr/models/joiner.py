@@ -1,0 +1,80 @@
+"""Joiner: encoder frame and predictor context to token logits; the transducer loss is called inside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from losses import TransducerLossOptions, TransducerLossOutput, transducer_loss
+
+ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
+
+
+@dataclass
+class JoinerConfig:
+    """Sizes of the joiner.
+
+    Args:
+        dim: joiner dimension J.
+        activation: "tanh" or "relu", between the sum of both projections and the output layer.
+    """
+
+    dim: int = 128
+    activation: Literal["tanh", "relu"] = "tanh"
+
+
+class Joiner(nn.Module):
+    """logits = W act(P_e enc + P_p pred) + b (Graves 2012, as in He et al. 2019)."""
+
+    def __init__(self, config: JoinerConfig, encoder_dim: int, predictor_dim: int, vocab_size: int):
+        super().__init__()
+        self.activation = config.activation
+        self.encoder_proj = nn.Linear(encoder_dim, config.dim)
+        self.predictor_proj = nn.Linear(predictor_dim, config.dim)
+        self.out = nn.Linear(config.dim, vocab_size)
+
+    def project_encoder(self, enc: Tensor) -> Tensor:
+        """[..., D] to [..., J]."""
+        return self.encoder_proj(enc)
+
+    def project_predictor(self, pred: Tensor) -> Tensor:
+        """[..., P] to [..., J]."""
+        return self.predictor_proj(pred)
+
+    def logits(self, enc: Tensor, pred: Tensor) -> Tensor:
+        """Projected enc and pred, broadcast against each other, [..., J] to [..., V]."""
+        return self.out(ACTIVATIONS[self.activation](enc + pred))
+
+    def forward(
+        self,
+        enc: Tensor,
+        pred: Tensor,
+        targets: Tensor,
+        enc_lens: Tensor,
+        target_lens: Tensor,
+        *,
+        method: str,
+        reduction: str,
+        options: TransducerLossOptions,
+    ) -> TransducerLossOutput:
+        """The transducer loss of encoder frames [B, T, D] and predictor outputs [B, U + 1, P].
+
+        It is called here, and not by the trainer, because a sharded module's weights are whole only while its own
+        forward runs.
+        """
+        return transducer_loss(
+            self.project_encoder(enc),
+            self.project_predictor(pred),
+            self.out.weight,
+            self.out.bias,
+            targets,
+            enc_lens,
+            target_lens,
+            method=method,
+            activation=self.activation,
+            reduction=reduction,
+            options=options,
+        )

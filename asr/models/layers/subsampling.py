@@ -1,0 +1,47 @@
+"""Convolutional subsampling by 4 without padding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+SUBSAMPLING_FACTOR = 4
+OVERLAP_FRAMES = 3  # a chunk of C encoder frames needs 4C + 3 feature frames
+
+
+def subsampled_lens(feature_lens: Tensor) -> Tensor:
+    """Encoder frames T' = (T - 3) // 4 of T feature frames, at least 0; [B] in, [B] out."""
+    return (feature_lens - OVERLAP_FRAMES).div(SUBSAMPLING_FACTOR, rounding_mode="floor").clamp(min=0)
+
+
+def subsampled_bins(num_mel_bins: int) -> int:
+    """Frequency bins left after two unpadded 3x3 convolutions of stride 2."""
+    return ((num_mel_bins - 1) // 2 - 1) // 2
+
+
+class ConvSubsampling(nn.Module):
+    """Two unpadded 3x3 stride-2 convolutions and a linear projection.
+
+    Nothing is padded, so that encoder frame t depends on feature frames 4t .. 4t + 6 only, and a chunk computed alone
+    equals the same frames of the whole utterance.
+
+    Args:
+        num_mel_bins: F.
+        channels: channels of the two convolutions.
+        dim: model dim D.
+    """
+
+    def __init__(self, num_mel_bins: int, channels: int, dim: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, channels, 3, stride=2)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride=2)
+        self.out = nn.Linear(channels * subsampled_bins(num_mel_bins), dim)
+        self.activation = nn.ReLU()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, T, F] float, T >= 7, to [B, (T - 3) // 4, D]."""
+        x = features.unsqueeze(1).contiguous(memory_format=torch.channels_last)
+        x = self.activation(self.conv1(x))
+        x = self.activation(self.conv2(x))
+        # channels-last memory makes [B, T', F', C] a view; no copy before the projection
+        return self.out(x.permute(0, 2, 3, 1).flatten(2))

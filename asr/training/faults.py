@@ -1,0 +1,80 @@
+"""Batches that break a step, and signals that end a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from asr.checkpoint import atomic_save
+from asr.data.batch import Batch
+from asr.errors import UserError
+
+
+class TooManyBadBatches(UserError):
+    """More batches had a non-finite loss or gradient than the configuration allows."""
+
+
+class BadBatches:
+    """Counts, names and dumps batches that were skipped, and stops the run after too many.
+
+    Args:
+        folder: where dumps go, one file a batch, loadable with ``torch.load(..., weights_only=True)``.
+        allowed: how many may be skipped.
+        count: how many were skipped before (a resumed run).
+        record: called with kind="bad_batch" fields, for the metrics file.
+        say: prints a line.
+    """
+
+    def __init__(
+        self, folder: Path, allowed: int, count: int, record: Callable[..., None], say: Callable[[str], None]
+    ):
+        self.folder = folder
+        self.allowed = allowed
+        self.count = count
+        self._record = record
+        self._say = say
+
+    def skip(self, batch: Batch, step: int, reason: str) -> None:
+        """Names and dumps one batch.
+
+        Raises:
+            TooManyBadBatches: this one was one too many.
+        """
+        self.count += 1
+        path = self.folder / f"step-{step:08d}-{self.count}.pt"
+        fields: dict[str, Any] = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+        atomic_save({"reason": reason, "step": step, **fields}, path)
+        self._record(step=step, reason=reason, cut_ids=batch.cut_ids, dump=str(path))
+        self._say(f"warning: step {step}: {reason}; batch skipped, dumped to {path}, utterances: {', '.join(batch.cut_ids)}")
+        if self.count > self.allowed:
+            raise TooManyBadBatches(
+                f"{self.count} batches had a non-finite loss or gradient, training.max_bad_batches={self.allowed} allows no"
+                f" more; look at the utterances dumped in {self.folder}, or lower optim.lr or optim.clip_grad_norm,"
+                " then go on with --resume auto"
+            )
+
+
+class Termination:
+    """Turns SIGTERM into a flag that the training loop reads between steps; the old handler comes back at exit."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._old: Any = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def __enter__(self) -> Termination:
+        try:
+            self._old = signal.signal(signal.SIGTERM, self._handle)
+        except ValueError:  # not the main thread: someone else owns the signals
+            self._old = None
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._old is not None:
+            signal.signal(signal.SIGTERM, self._old)

@@ -1,0 +1,82 @@
+"""What a run says of itself: a JSONL file, TensorBoard events, and a progress line."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: non-finite numbers are written as null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to metrics.jsonl, and numbers to TensorBoard.
+
+    A resumed run appends; a reader lets the later of two records of one step win.
+    """
+
+    def __init__(self, out_dir: Path, tensorboard: bool):
+        self._file = open(out_dir / "metrics.jsonl", "a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(out_dir / "tensorboard"), max_queue=100, flush_secs=30)
+
+    def write(self, kind: str, **values: Any) -> None:
+        record = {"kind": kind, **{name: _finite(value) for name, value in values.items()}}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None and kind in ("train", "valid"):
+            for name, value in record.items():
+                if isinstance(value, (int, float)) and name not in ("step", "time_s"):
+                    self._board.add_scalar(f"{kind}/{name}", value, values["step"], walltime=time.time())
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class ProgressLine:
+    """One line on a terminal, rewritten; on a file or pipe, a line at most every ``every_s`` seconds."""
+
+    def __init__(self, stream: TextIO = sys.stdout, every_s: float = 10.0):
+        self._stream = stream
+        self._live = stream.isatty()
+        self._every_s = 0.2 if self._live else every_s
+        self._last = -math.inf
+        self._open = False
+
+    def show(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._last < self._every_s:
+            return
+        self._last = now
+        if self._live:
+            self._stream.write(f"\r\x1b[K{text}")
+            self._open = True
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._open:
+            self._stream.write("\r\x1b[K")
+            self._open = False
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+def clock(seconds: float) -> str:
+    """75 to '1:15', 3700 to '1:01:40'."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

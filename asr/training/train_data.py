@@ -1,0 +1,46 @@
+"""From manifests on disk to what the trainer takes: cuts without bad rows, tokenizer, feature statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from asr.config import Experiment
+from asr.data.bad_rows import BadRow, report_bad_rows
+from asr.data.features import FeatureStats
+from asr.data.manifests import check_cuts
+from asr.data.tokenizer import Tokenizer
+from asr.decoding.decode import read_cuts
+from asr.errors import UserError
+from asr.training.trainer import TrainData
+
+
+def load_train_data(
+    experiment: Experiment,
+    train_cuts: Path,
+    valid_cuts: Path,
+    tokenizer: Tokenizer,
+    stats: FeatureStats | None,
+    out: Path,
+) -> TrainData:
+    """Reads both manifests and leaves out what training cannot use, with the reasons in ``out / "bad_rows.txt"``.
+
+    Raises:
+        UserError: a manifest that cannot be used; bad rows under ``data.strict``, or too many of them.
+    """
+    bad: list[BadRow] = []
+    good = []
+    total = 0
+    for path in (train_cuts, valid_cuts):
+        cuts = read_cuts(path)
+        total += len(cuts)
+        kept, rows = check_cuts(cuts, tokenizer, experiment.data)
+        bad += rows
+        good.append(kept)
+    config = experiment.data
+    report_bad_rows(bad, total, config.strict, config.max_bad_fraction, out / "bad_rows.txt")
+    if bad:
+        print(f"left out {len(bad)} of {total} cuts, reasons in {out / 'bad_rows.txt'}", flush=True)
+    for path, kept in zip((train_cuts, valid_cuts), good, strict=True):
+        if len(kept) == 0:
+            raise UserError(f"all cuts of {path} are bad; reasons in {out / 'bad_rows.txt'}")
+    return TrainData(good[0], good[1], tokenizer, stats)

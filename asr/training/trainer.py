@@ -1,0 +1,410 @@
+"""The training loop: batches in, checkpoints and metrics out; resumes to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asr import checkpoint
+from asr.config import Experiment, dump
+from asr.data.batch import Batch
+from asr.data.features import FeatureStats
+from asr.data.loader import eval_loader, train_loader
+from asr.data.tokenizer import Tokenizer
+from asr.errors import UserError
+from asr.models.transducer import Transducer, TransducerLosses, parameter_counts
+from asr.training.faults import BadBatches, Termination
+from asr.training.metrics import MetricsWriter, ProgressLine, clock
+from asr.training.optim import WeightAverage, learning_rate, make_optimizer
+from asr.training.precision import autocast, resolve_precision
+from asr.training.validation import Validation, validate
+
+
+@dataclass
+class TrainData:
+    """Cuts that training may see, and what was made from them. ``stats`` None leaves features unscaled."""
+
+    train_cuts: Any
+    valid_cuts: Any
+    tokenizer: Tokenizer
+    stats: FeatureStats | None = None
+
+
+@dataclass
+class TrainResult:
+    """How a run ended: reason "finished" or "terminated" (SIGTERM), and the newest checkpoint."""
+
+    reason: str
+    step: int
+    epoch: int
+    checkpoint: Path | None
+    best: Validation | None
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with the weights, so that a resumed run takes the very next batch."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    consumed_s: float = 0.0
+    time_s: float = 0.0
+    bad_batches: int = 0
+    best_errors: float = math.inf
+    best_loss: float = math.inf
+
+
+def _seed_of(*parts: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
+
+
+class Trainer:
+    """One run in one folder.
+
+    Args:
+        experiment: resolved configuration; saved as config.yaml and in every checkpoint.
+        data: cuts and tokenizer.
+        out_dir: receives checkpoints/, best.pt, metrics.jsonl, tensorboard/, bad_batches/.
+        device: "cpu", "cuda" or "cuda:N".
+        command: the command line, for the report.
+    """
+
+    def __init__(self, experiment: Experiment, data: TrainData, out_dir: Path, device: str, command: str | None = None):
+        self.experiment = experiment
+        self.config = experiment.training
+        self.data = data
+        self.out_dir = Path(out_dir)
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"--device {device}: this machine has no usable CUDA device; use --device cpu")
+        self.command = command or shlex.join(sys.argv)
+        self.precision = resolve_precision(self.config.precision, self.device)
+        self.checkpoints = self.out_dir / "checkpoints"
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.progress = Progress()
+        self.line = ProgressLine()
+        torch.manual_seed(_seed_of(experiment.seed, "weights"))
+        stats = data.stats
+        self.model = Transducer(
+            experiment.model,
+            data.tokenizer.vocab_size,
+            None if stats is None else torch.as_tensor(stats.mean),
+            None if stats is None else torch.as_tensor(stats.scale),
+        ).to(self.device)
+        self.optimizer = make_optimizer(self.model, experiment.optim)
+        self.ema = WeightAverage(self.model, self.config.ema_decay) if self.config.ema_decay > 0 else None
+        self.total_s = self.config.max_epochs * sum(cut.duration for cut in data.train_cuts)
+        if self.total_s <= 0:
+            raise UserError("the training cuts are empty; run the prepare and features stages, and look at bad_rows.txt")
+
+    # -- saving and resuming ------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Writes the next step checkpoint, then removes old ones; a failure in between loses nothing."""
+        path = self.checkpoints / f"step-{self.progress.step:08d}.pt"
+        payload = checkpoint.make_payload(
+            self.model.state_dict(),
+            self.experiment,
+            self.data.tokenizer,
+            step=self.progress.step,
+            epoch=self.progress.epoch,
+            training={
+                "optimizer": self.optimizer.state_dict(),
+                "ema": None if self.ema is None else self.ema.weights,
+                "progress": vars(self.progress),
+            },
+        )
+        checkpoint.atomic_save(payload, path)
+        checkpoint.prune(self.checkpoints, self.config.keep_last)
+        return path
+
+    def resume(self, path: Path) -> None:
+        """Continues exactly after the step that ``path`` was written at.
+
+        Raises:
+            CheckpointError: unreadable, of another model, or without optimizer state.
+        """
+        payload = checkpoint.read(path)
+        if "training" not in payload:
+            raise checkpoint.CheckpointError(
+                f"{path} holds weights only (an average); resume from a file in checkpoints/"
+            )
+        checkpoint.load_weights(self.model, payload["model"], f"checkpoint {path}")
+        self.optimizer.load_state_dict(payload["training"]["optimizer"])
+        if self.ema is not None and payload["training"]["ema"] is not None:
+            self.ema.load(payload["training"]["ema"])
+        self.progress = Progress(**payload["training"]["progress"])
+        self.line.say(f"resumed from {path}: epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1}")
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _chunk_frames(self, micro: int) -> int:
+        sizes = self.config.chunk_frames
+        return sizes[_seed_of(self.experiment.seed, "chunk", self.progress.step, micro) % len(sizes)]
+
+    def _forward(self, batch: Batch, micro: int) -> TransducerLosses:
+        with autocast(self.precision, self.device):
+            losses: TransducerLosses = self.model(
+                batch.features,
+                batch.feature_lens,
+                batch.targets,
+                batch.target_lens,
+                self.experiment.loss,
+                self._chunk_frames(micro),
+            )
+        return losses
+
+    def step(self, batches: list[Batch], bad: BadBatches) -> dict[str, Any]:
+        """One optimizer step over ``batches``; returns what metrics.jsonl records of it.
+
+        The summed loss is divided by the count over all batches, so that accumulation equals one large batch.
+        """
+        progress, optim = self.progress, self.experiment.optim
+        # dropout depends on the step alone: a resumed run needs no generator state
+        torch.manual_seed(_seed_of(self.experiment.seed, "step", progress.step))
+        by_tokens = self.config.normalize == "tokens"
+        count = sum(int(b.target_lens.sum()) if by_tokens else b.size for b in batches)
+        audio_s = sum(sum(b.durations_s) for b in batches)
+        done = progress.step / self.config.max_steps if self.config.max_steps else progress.consumed_s / self.total_s
+        lr = learning_rate(optim, progress.step, done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = {"loss": 0.0, "transducer_loss": 0.0, "ctc_loss": 0.0}
+        used = 0
+        for micro, batch in enumerate(batches):
+            losses = self._forward(batch.to(self.device), micro)
+            if not bool(torch.isfinite(losses.loss)):
+                bad.skip(batch, progress.step, f"non-finite loss {float(losses.loss)}")
+                continue
+            (losses.loss / max(count, 1)).backward()
+            used += 1
+            sums["loss"] += float(losses.loss)
+            sums["transducer_loss"] += float(losses.transducer)
+            sums["ctc_loss"] += 0.0 if losses.ctc is None else float(losses.ctc)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip_grad_norm or math.inf)
+        if used and not bool(torch.isfinite(norm)):
+            for batch in batches:
+                bad.skip(batch, progress.step, f"non-finite gradient norm {float(norm)}")
+        elif used:
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update(self.model, progress.step)
+        progress.step += 1
+        progress.batch += len(batches)
+        progress.consumed_s += audio_s
+        progress.bad_batches = bad.count
+        averages: dict[str, Any] = {name: value / max(count, 1) for name, value in sums.items()}
+        if self.experiment.loss.ctc_weight == 0:
+            averages["ctc_loss"] = None
+        return {
+            **averages,
+            "lr": lr,
+            "grad_norm": float(norm),
+            "batch_seconds": audio_s,
+            "batch_size": sum(b.size for b in batches),
+        }
+
+    # -- validation ---------------------------------------------------------------------------------------------------
+
+    def _weights_to_judge(self) -> dict[str, Tensor]:
+        return self.model.state_dict() if self.ema is None else self.ema.weights
+
+    def validate(self, metrics: MetricsWriter) -> Validation:
+        """Validates the averaged weights where there are any, and keeps them as best.pt when they are."""
+        weights = {name: value.clone() for name, value in self._weights_to_judge().items()}
+        current = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(weights)
+        loader = eval_loader(
+            self.data.valid_cuts,
+            self.data.tokenizer,
+            self.experiment.data,
+            max_duration_s=self.experiment.decoding.batch_duration_s,
+        )
+        result = validate(self.model, loader, self.data.tokenizer, self.experiment.decoding, self.device)
+        self.model.load_state_dict(current)
+        progress = self.progress
+        metrics.write(
+            "valid",
+            step=progress.step,
+            epoch=progress.epoch,
+            time_s=progress.time_s,
+            loss=result.loss,
+            wer=result.wer,
+            errors=result.errors,
+            words=result.words,
+        )
+        if result.rank < (progress.best_errors, progress.best_loss):
+            progress.best_errors, progress.best_loss = result.rank
+            payload = checkpoint.make_payload(
+                weights, self.experiment, self.data.tokenizer, step=progress.step, epoch=progress.epoch
+            )
+            checkpoint.atomic_save(payload, self.out_dir / "best.pt")
+        self.line.say(
+            f"epoch {progress.epoch}: validation loss {result.loss:.4f} a token, WER {100 * result.wer:.2f}%"
+            f" [{result.errors} / {result.words}]"
+        )
+        return result
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def _steps_of_epoch(self) -> Iterator[list[Batch]]:
+        loader: Iterable[Batch] = train_loader(
+            self.data.train_cuts,
+            self.data.tokenizer,
+            self.experiment.data,
+            seed=self.experiment.seed,
+            epoch=self.progress.epoch,
+            skip_batches=self.progress.batch,
+        )
+        batches = iter(loader)
+        while group := list(islice(batches, self.config.accumulation)):
+            yield group
+
+    def _finished(self) -> bool:
+        limit = self.config.max_steps
+        return self.progress.epoch >= self.config.max_epochs or bool(limit and self.progress.step >= limit)
+
+    def run(self) -> TrainResult:
+        """Trains to the end, or until SIGTERM; either way the newest state is on disk afterwards."""
+        (self.out_dir / "config.yaml").write_text(dump(self.experiment), encoding="utf-8")
+        metrics = MetricsWriter(self.out_dir, self.config.tensorboard)
+        counts = parameter_counts(self.model)
+        metrics.write(
+            "start",
+            command=self.command,
+            parameters=counts["total"],
+            device=str(self.device),
+            torch=torch.__version__,
+            precision=self.precision,
+            threads=torch.get_num_threads(),
+            python=platform.python_version(),
+            machine=f"{platform.machine()}, {os.cpu_count()} cores",
+            train_cuts=len(self.data.train_cuts),
+            seed=self.experiment.seed,
+        )
+        parts = ", ".join(f"{name} {value:,}" for name, value in counts.items() if name != "total")
+        self.line.say(f"{counts['total']:,} parameters ({parts}), precision {self.precision}, device {self.device}")
+        bad = BadBatches(
+            self.out_dir / "bad_batches",
+            self.config.max_bad_batches,
+            self.progress.bad_batches,
+            lambda **fields: metrics.write("bad_batch", **fields),
+            self.line.say,
+        )
+        reason, saved, best = "finished", None, None
+        try:
+            with Termination() as stop:
+                while not self._finished():
+                    self._epoch(bad, metrics, stop)
+                    if stop.requested:
+                        reason = "terminated"
+                        break
+                    if self.progress.epoch % self.config.valid_every_epochs == 0 or self._finished():
+                        best = self.validate(metrics)
+                    saved = self.save()
+                if reason == "terminated":
+                    saved = self.save()
+                    self.line.say(f"SIGTERM: saved {saved}; continue with --resume auto")
+        finally:
+            metrics.write("end", step=self.progress.step, reason=reason, time_s=self.progress.time_s)
+            metrics.close()
+        return TrainResult(reason, self.progress.step, self.progress.epoch, saved, best)
+
+    def _epoch(self, bad: BadBatches, metrics: MetricsWriter, stop: Termination) -> None:
+        """The rest of the current epoch; returns early on SIGTERM, or at the step limit, which also ends the epoch."""
+        self.model.train()
+        progress = self.progress
+        mark = time.monotonic()
+        window_s, window_audio_s, window_wait_s = 0.0, 0.0, 0.0
+        for batches in self._steps_of_epoch():
+            wait_s = time.monotonic() - mark
+            record = self.step(batches, bad)
+            now = time.monotonic()
+            progress.time_s += now - mark
+            window_s, window_wait_s, mark = window_s + now - mark, window_wait_s + wait_s, now
+            window_audio_s += record["batch_seconds"]
+            speed = window_audio_s / max(window_s, 1e-9)
+            if progress.step % self.config.log_every_steps == 0:
+                metrics.write(
+                    "train",
+                    step=progress.step,
+                    epoch=progress.epoch,
+                    batch=progress.batch,
+                    time_s=progress.time_s,
+                    **record,
+                    audio_s_per_s=speed,
+                    data_wait_fraction=window_wait_s / max(window_s, 1e-9),
+                )
+                window_s, window_audio_s, window_wait_s = 0.0, 0.0, 0.0
+            left_s = (self.total_s - progress.consumed_s) * progress.time_s / max(progress.consumed_s, 1e-9)
+            self.line.show(
+                f"epoch {progress.epoch + 1}/{self.config.max_epochs} step {progress.step} loss {record['loss']:.3f}"
+                f" lr {record['lr']:.1e} norm {record['grad_norm']:.2f} {speed:.0f} audio s/s ETA {clock(left_s)}"
+            )
+            if stop.requested:
+                return
+            if self.config.max_steps and progress.step >= self.config.max_steps:
+                break
+            if progress.step % self.config.checkpoint_every_steps == 0:
+                self.save()
+                mark = time.monotonic()
+        progress.epoch += 1
+        progress.batch = 0
+
+
+def find_resume(resume: str, out_dir: Path, say: Any = print) -> Path | None:
+    """The checkpoint that ``--resume`` means: "auto" the newest whole one, "none" nothing, else a path."""
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return checkpoint.newest_good(Path(out_dir) / "checkpoints", say)
+    return Path(resume)
+
+
+def train(
+    experiment: Experiment,
+    data: TrainData,
+    out_dir: Path,
+    *,
+    resume: str = "auto",
+    device: str = "cpu",
+    command: str | None = None,
+) -> TrainResult:
+    """Trains in ``out_dir`` and writes report.html there.
+
+    Args:
+        experiment: resolved configuration.
+        data: cuts, tokenizer and feature statistics.
+        out_dir: may hold an earlier part of the same run.
+        resume: "auto" goes on from the newest whole checkpoint of ``out_dir`` if there is one; "none" starts anew; else
+            the path of a step checkpoint.
+        device: "cpu" or "cuda[:N]".
+        command: the command line that the report shows.
+
+    Raises:
+        UserError: no training cuts, a checkpoint of another model, too many bad batches, no such device.
+    """
+    from asr.training.report import write_report
+
+    trainer = Trainer(experiment, data, Path(out_dir), device, command)
+    start = find_resume(resume, Path(out_dir), trainer.line.say)
+    if start is not None:
+        trainer.resume(start)
+    result = trainer.run()
+    write_report(Path(out_dir))
+    return result

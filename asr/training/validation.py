@@ -1,0 +1,63 @@
+"""Loss and word errors on held-out cuts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from kaldialign import edit_distance
+
+from asr.data.batch import Batch
+from asr.data.tokenizer import Tokenizer
+from asr.decoding import SEARCHES
+from asr.decoding.search import DecodingConfig
+from asr.models.transducer import LossConfig, Transducer
+
+
+@dataclass
+class Validation:
+    """loss: transducer loss per token (nats); errors, words: of greedy or the configured search."""
+
+    loss: float
+    errors: int
+    words: int
+
+    @property
+    def wer(self) -> float:
+        """Errors per reference word, as a fraction."""
+        return self.errors / self.words if self.words else math.nan
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Smaller is better: word errors first, the loss between equals. A non-finite loss is worst of all."""
+        return (self.errors, self.loss) if math.isfinite(self.loss) else (math.inf, math.inf)
+
+
+@torch.inference_mode()
+def validate(
+    model: Transducer,
+    batches: Iterable[Batch],
+    tokenizer: Tokenizer,
+    decoding: DecodingConfig,
+    device: torch.device,
+    chunk_frames: int | None = None,
+) -> Validation:
+    """One pass over ``batches``; the model's mode is restored afterwards."""
+    was_training = model.training
+    model.eval()
+    total, tokens, errors, words = 0.0, 0, 0, 0
+    search = SEARCHES[decoding.search]
+    options = LossConfig()
+    for batch in batches:
+        batch = batch.to(device)
+        enc, enc_lens = model.encode(batch.features, batch.feature_lens, chunk_frames)
+        total += float(model.transducer_loss(enc, enc_lens, batch.targets, batch.target_lens, options).loss)
+        tokens += int(batch.target_lens.sum())
+        for text, hypothesis in zip(batch.texts, search(model, enc, enc_lens, decoding), strict=True):
+            reference = text.split()
+            errors += edit_distance(reference, tokenizer.decode(hypothesis.tokens).split())["total"]
+            words += len(reference)
+    model.train(was_training)
+    return Validation(total / max(tokens, 1), errors, words)

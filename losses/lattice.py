@@ -1,0 +1,182 @@
+"""The transducer lattice over blank and label log-probs: likelihood, gradients, occupancies, best path.
+
+Graves 2012, "Sequence Transduction with Recurrent Neural Networks": log P(targets) sums over all alignments (eq. 16-18), and
+the derivative of -log P by the log-prob of a transition is minus the probability that the alignment takes it (eq. 20).
+
+Topologies:
+    regular    label moves (t, u) -> (t, u+1), blank moves (t, u) -> (t+1, u); ends by blank from (T-1, U)   [Graves 2012]
+    modified   label moves (t, u) -> (t+1, u+1), blank as above; one symbol or blank a frame, needs U <= T
+               [monotonic RNN-T, Tripathi et al. 2019; `rnnt_type="modified"` of k2 and fast_rnnt]
+
+FastEmit (Yu et al. 2021, "FastEmit: Low-latency Streaming ASR with Sequence-level Emission Regularization"), eq. 14: the
+gradient by a label's log-prob is multiplied by 1 + lambda, that of blank is left. As in other implementations this is done
+to the occupancies, before the chain rule through log-softmax. The value is the plain -log P, so that losses at different
+lambda can be compared (NeMo returns (1 + lambda) times it); finite differences of the value hence do not give the gradient.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from losses import backends
+from losses.shapes import Lengths, check_lattice
+
+OCCUPANCY_FLOOR = {torch.float32: 1e-25, torch.float64: 1e-150}
+
+
+class Occupancy(NamedTuple):
+    """Posterior probability of each transition given the whole utterance; 0 in the padding."""
+
+    label: Tensor  # [B, T, U]: label u is emitted at frame t; sums to 1 over t for each label
+    blank: Tensor  # [B, T, U+1]: blank is taken at frame t after u labels
+
+
+class Alignment(NamedTuple):
+    """The most probable alignment of each utterance."""
+
+    frames: Tensor  # [B, U] int64: frame of each label, -1 in the padding
+    score: Tensor  # [B] float64: log-prob of that alignment
+
+
+class RefuseDoubleBackward(torch.autograd.Function):
+    """Identity whose own backward raises. `inputs` tie it to all that the gradient depends on.
+
+    torch's once_differentiable raises only where the upstream gradient itself needs gradients; otherwise second derivatives
+    would come out as zero without a word.
+    """
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "the transducer loss can be differentiated once only: its gradient has no derivative here. "
+            "Leave out create_graph=True, or detach the gradient (.detach()) before using it in another loss"
+        )
+
+
+def forward_backward(
+    blank_log_probs: Tensor,
+    label_log_probs: Tensor,
+    lengths: Lengths,
+    *,
+    topology: str = "regular",
+    backend: str | None = None,
+    occupancies: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Negative log-likelihood float64 [B] and the occupancies of blank [B, T, U+1] and label [B, T, U], outside of autograd.
+
+    Inputs were checked. Half precision comes back as float32, other dtypes as they are. Occupancies below
+    OCCUPANCY_FLOOR are 0: they would only bring denormal numbers, which slow down all that follows, into the gradients.
+    """
+    dtype = torch.float64 if blank_log_probs.dtype == torch.float64 else torch.float32
+    blank = blank_log_probs.detach().to(dtype).contiguous()
+    label = label_log_probs.detach().to(dtype).contiguous()
+    run = backends.load(backends.choose(backend, blank.device))
+    nll, *occupied = run(blank, label, lengths, topology == "modified", occupancies)
+    blank_occ, label_occ = (x if x is None else torch.threshold_(x, OCCUPANCY_FLOOR[dtype], 0.0) for x in occupied)
+    return nll, blank_occ, label_occ
+
+
+class _LatticeLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, blank, label, lengths, topology, fastemit_lambda, backend):
+        wanted = any(ctx.needs_input_grad)
+        nll, blank_occ, label_occ = forward_backward(
+            blank, label, lengths, topology=topology, backend=backend, occupancies=wanted
+        )
+        if wanted:
+            ctx.fastemit_lambda = fastemit_lambda
+            ctx.save_for_backward(blank, label, blank_occ, label_occ)
+        return nll if blank.dtype == torch.float64 else nll.float()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        blank, label, blank_occ, label_occ = ctx.saved_tensors
+        with torch.no_grad():
+            scale = -upstream[:, None, None]
+            # Cells of occupancy 0 stay at 0 when the upstream gradient of their utterance is not finite, so that padding
+            # has no gradient whatever happens.
+            grads = [
+                torch.where(occ == 0, 0.0, occ * factor).to(source.dtype)
+                for source, occ, factor in (
+                    (blank, blank_occ, scale),
+                    (label, label_occ, scale * (1.0 + ctx.fastemit_lambda)),
+                )
+            ]
+        if torch.is_grad_enabled():
+            grads = [RefuseDoubleBackward.apply(g, blank, label, upstream) for g in grads]
+        return *grads, None, None, None, None
+
+
+def lattice_loss(
+    blank_log_probs: Tensor,
+    label_log_probs: Tensor,
+    enc_lens: Tensor,
+    target_lens: Tensor,
+    *,
+    topology: str = "regular",
+    fastemit_lambda: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """-log P(targets) of each utterance from the two log-probs that the lattice needs.
+
+    Args:
+        blank_log_probs: [B, T, U+1], log P(blank | t, u); float64, float32, bfloat16 or float16.
+        label_log_probs: [B, T, U], log P(targets[u] | t, u); same dtype and device.
+        enc_lens: [B] int32 or int64, frames, 1..T.  target_lens: [B] int32 or int64, tokens, 0..U.
+        topology: "regular" or "modified", see the head of this file.
+        fastemit_lambda: FastEmit weight, 0 is off (Yu et al. 2021, eq. 14).
+        backend: a name of BACKENDS; None takes numba on CPU and torch elsewhere.
+
+    Returns:
+        [B], float64 for float64 input, else float32 (accumulated in float64). inf where no alignment has a probability.
+
+    Padding may hold anything, NaN included; its gradient is 0. Raises ValueError for wrong arguments; a second derivative
+    raises RuntimeError.
+    """
+    lengths = check_lattice(blank_log_probs, label_log_probs, enc_lens, target_lens, topology=topology)
+    return _LatticeLoss.apply(blank_log_probs, label_log_probs, lengths, topology, fastemit_lambda, backend)
+
+
+@torch.no_grad()
+def occupancy(
+    blank_log_probs: Tensor,
+    label_log_probs: Tensor,
+    enc_lens: Tensor,
+    target_lens: Tensor,
+    *,
+    topology: str = "regular",
+    backend: str | None = None,
+) -> Occupancy:
+    """Posterior of each label's and blank's emission per frame; arguments and errors as in `lattice_loss`.
+
+    `(occupancy.label * torch.arange(T)[:, None]).sum(1)` is the expected frame of each label.
+    """
+    lengths = check_lattice(blank_log_probs, label_log_probs, enc_lens, target_lens, topology=topology)
+    _, blank, label = forward_backward(blank_log_probs, label_log_probs, lengths, topology=topology, backend=backend)
+    assert blank is not None and label is not None
+    return Occupancy(label, blank)
+
+
+@torch.no_grad()
+def viterbi_alignment(
+    blank_log_probs: Tensor, label_log_probs: Tensor, enc_lens: Tensor, target_lens: Tensor, *, topology: str = "regular"
+) -> Alignment:
+    """The most probable alignment; arguments and errors as in `lattice_loss`. Of equal ones, the earlier emission.
+
+    Runs on the CPU, wherever the log-probs are; the result is on their device. The frames of an utterance without any
+    possible alignment (score -inf) mean nothing.
+    """
+    from losses.backends import numba_lattice
+
+    lengths = check_lattice(blank_log_probs, label_log_probs, enc_lens, target_lens, topology=topology)
+    dtype = torch.float64 if blank_log_probs.dtype == torch.float64 else torch.float32
+    blank, label = (x.to("cpu", dtype).contiguous() for x in (blank_log_probs, label_log_probs))
+    frames, score = numba_lattice.viterbi(blank, label, lengths, topology == "modified")
+    return Alignment(frames.to(blank_log_probs.device), score.to(blank_log_probs.device))

@@ -1,0 +1,13 @@
+"""The corpora of the recipes. A new corpus is one new module and one line in ``CORPORA``."""
+
+from __future__ import annotations
+
+from recipes.corpora import synth, yesno
+from recipes.corpora.base import Corpus, Prepared
+
+CORPORA: dict[str, Corpus] = {
+    yesno.NAME: yesno,
+    synth.NAME: synth,
+}
+
+__all__ = ["CORPORA", "Corpus", "Prepared"]

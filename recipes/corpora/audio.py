@@ -1,0 +1,147 @@
+"""Audio of the corpora: read any recording once as 16 kHz mono, join pieces without clicks, write PCM_16 wav files.
+
+Everything here is a pure function of its arguments, so that the same corpus and seed give the same bytes on every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import struct
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from scipy.signal import firwin, resample_poly
+
+SAMPLE_RATE_HZ = 16000
+PEAK_LIMIT = 0.98
+"""Louder audio is scaled down to this peak: resampling overshoots recordings that touch full scale."""
+MIN_DURATION_S = 0.05
+
+
+class AudioError(ValueError):
+    """One recording cannot be used; the message is the reason, without the file name."""
+
+
+def read_audio(path: Path) -> np.ndarray:
+    """Read a recording as float32 [N] in [-1, 1] at 16 kHz (channels are averaged, polyphase resampling).
+
+    Raises AudioError for a file that is no audio, is truncated, or holds less than 50 ms.
+    """
+    if path.suffix.lower() == ".wav":
+        _check_wav_is_whole(path)
+    try:
+        samples, rate = soundfile.read(str(path), dtype="float64", always_2d=True)
+    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
+        raise AudioError(f"not readable as audio ({_one_line(error)})") from error
+    mono = samples.mean(axis=1)
+    if len(mono) < MIN_DURATION_S * rate:
+        raise AudioError(f"holds {len(mono) / rate:.3f} s of audio, at least {MIN_DURATION_S} s are needed")
+    if not np.isfinite(mono).all():
+        raise AudioError("holds samples that are not finite numbers")
+    return limit_peak(resample(mono, rate))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_wav_is_whole(path: Path) -> None:
+    """Compare the size that the wav header declares with the file: libsndfile reads truncated files without a word."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(12)
+        if len(head) < 12 or head[:4] not in (b"RIFF", b"RIFX", b"RF64") or head[8:12] != b"WAVE":
+            raise AudioError("not a wav file (no RIFF/WAVE header)")
+        if head[:4] != b"RIFF":
+            return
+        while True:
+            chunk = file.read(8)
+            if len(chunk) < 8:
+                raise AudioError("truncated wav file (no data chunk)")
+            name, length = struct.unpack("<4sI", chunk)
+            if name == b"data":
+                break
+            file.seek(length + (length & 1), os.SEEK_CUR)
+        held = size - file.tell()
+    # Programs that stream into a pipe declare 0 or the largest size because they cannot know it.
+    if length not in (0, 0xFFFFFFFF, 0x7FFFFFFF) and held < length:
+        raise AudioError(f"truncated wav file (header declares {length} bytes of samples, the file holds {held})")
+
+
+def resample(samples: np.ndarray, rate_hz: int, target_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
+    """Polyphase resampling of [N] samples to [ceil(N * target / rate)] float32; images and aliases are below -75 dB."""
+    if rate_hz == target_hz:
+        return np.ascontiguousarray(samples, dtype=np.float32)
+    divisor = math.gcd(rate_hz, target_hz)
+    up, down = target_hz // divisor, rate_hz // divisor
+    return resample_poly(samples, up, down, window=_low_pass(up, down)).astype(np.float32)
+
+
+@cache
+def _low_pass(up: int, down: int) -> np.ndarray:
+    """scipy's default length with a steeper window; designed once, since that takes as long as filtering a short utterance."""
+    widest = max(up, down)
+    return firwin(2 * 10 * widest + 1, 1 / widest, window=("kaiser", 8.0))
+
+
+def limit_peak(samples: np.ndarray, limit: float = PEAK_LIMIT) -> np.ndarray:
+    """Scale the whole signal down if its peak is above ``limit``; the signal is returned unchanged otherwise."""
+    peak = float(np.abs(samples).max(initial=0.0))
+    return samples if peak <= limit else (samples * (limit / peak)).astype(np.float32)
+
+
+def to_pcm16(samples: np.ndarray) -> np.ndarray:
+    """float32 [N] in [-1, 1] -> int16 [N], rounded to nearest; peaks are scaled below full scale, never clipped."""
+    return np.rint(limit_peak(samples) * 32767.0).astype(np.int16)
+
+
+def write_wav(path: Path, pcm: np.ndarray) -> None:
+    """Write int16 [N] as a 16 kHz mono PCM_16 wav file."""
+    soundfile.write(str(path), pcm, SAMPLE_RATE_HZ, subtype="PCM_16", format="WAV")
+
+
+def pcm_digest(pcm: np.ndarray) -> str:
+    """SHA-256 (hex) of little-endian samples."""
+    return hashlib.sha256(pcm.astype("<i2").tobytes()).hexdigest()
+
+
+def join(pieces: Sequence[np.ndarray], fade_s: float = 0.01) -> np.ndarray:
+    """Concatenate pieces [N_i] with equal-power cross-fades, so that no joint clicks.
+
+    Neighbours overlap by ``fade_s`` (less where a piece is shorter than twice that): the result is shorter than the sum by the
+    overlaps. Equal power keeps the level of two uncorrelated noise floors constant through the joint.
+    """
+    if not pieces:
+        return np.zeros(0, dtype=np.float32)
+    fade = int(round(fade_s * SAMPLE_RATE_HZ))
+    out = [np.array(pieces[0], dtype=np.float32)]
+    for piece in pieces[1:]:
+        left = out[-1]
+        overlap = min(fade, len(left) // 2, len(piece) // 2)
+        if overlap == 0:
+            out.append(np.array(piece, dtype=np.float32))
+            continue
+        phase = (np.arange(overlap, dtype=np.float32) + 0.5) / overlap * (np.pi / 2)
+        blend = left[-overlap:] * np.cos(phase) + piece[:overlap] * np.sin(phase)
+        out[-1] = left[:-overlap]
+        out.append(np.concatenate([blend.astype(np.float32), piece[overlap:]]))
+    return np.concatenate(out).astype(np.float32)
+
+
+def rms(samples: np.ndarray) -> float:
+    """Root mean square of [N] samples (0 for none)."""
+    return float(np.sqrt(np.mean(np.square(samples, dtype=np.float64)))) if len(samples) else 0.0
+
+
+def energy_db(samples: np.ndarray, hop_s: float = 0.01, window_s: float = 0.02) -> np.ndarray:
+    """Short-time level [N // hop] in dB relative to full scale, one value per hop, window centred on the hop's start."""
+    hop, window = int(hop_s * SAMPLE_RATE_HZ), int(window_s * SAMPLE_RATE_HZ)
+    total = np.concatenate([[0.0], np.cumsum(np.square(samples, dtype=np.float64))])
+    centres = np.arange(len(samples) // hop) * hop
+    starts, ends = np.maximum(centres - window // 2, 0), np.minimum(centres + window // 2, len(samples))
+    return 10 * np.log10((total[ends] - total[starts]) / (ends - starts) + 1e-12)

@@ -1,0 +1,311 @@
+"""The stages that all corpora share, from the download to the word error rate.
+
+Layout of an experiment folder::
+
+    data/corpus.json  data/audio/  data/cuts_{train,valid,test}.jsonl.gz  data/bad_rows.txt     download, prepare
+    data/features/cuts_{train,valid,test}.jsonl.gz  data/features/stats.json                     features
+    tokenizer/tokenizer.json  tokenizer/tokens.txt                                               tokenizer
+    train/checkpoints/  train/best.pt  train/metrics.jsonl  train/report.html                    train
+    train/average.pt                                                                             average
+    decode/<search>/{recogs,errs,wer-summary}-test.txt                                           decode
+
+Two seeds: ``--seed`` is ``Experiment.seed`` and belongs to the training alone. ``--data-seed`` (0 unless given) makes
+the prepared data and its stored augmentation, so that trainings with several seeds are tested on the same list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from asr.config import Experiment, load_experiment, to_dict
+from asr.data.bad_rows import BadRow, report_bad_rows
+from asr.device import resolve_device
+from asr.errors import UserError
+from recipes.corpora import CORPORA, Corpus
+from recipes.engine import Pipeline, Stage, StageStopped, write_atomic
+
+if TYPE_CHECKING:
+    from lhotse import CutSet
+
+SPLITS = ("train", "valid", "test")
+CORPUS_FILE = "data/corpus.json"
+EMISSION_PLOTS = 3
+"""Worst test utterances whose emission posteriors are drawn."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every stage gets: the corpus, the folders, and the configuration."""
+
+    corpus: Corpus
+    options: Any
+    exp_dir: Path
+    download_dir: Path
+    corpus_dir: Path | None
+    experiment: Experiment
+    data_seed: int
+    device: str
+    num_jobs: int
+    command: str
+
+    def path(self, name: str) -> Path:
+        """A path of the experiment folder."""
+        return self.exp_dir / name
+
+    def cuts(self, split: str, *, features: bool) -> CutSet:
+        """The cuts of a split, as prepared or with features."""
+        from asr.decoding.decode import read_cuts
+
+        return read_cuts(self.path(f"data/{'features/' * features}cuts_{split}.jsonl.gz"))
+
+
+def run_download(recipe: Recipe) -> None:
+    """Fetches the corpus, or takes the folder that the user has; leaves a note of where it is."""
+    folder = recipe.corpus_dir
+    if folder is None:
+        folder = recipe.corpus.download(recipe.download_dir)
+    elif not folder.is_dir():
+        raise UserError(f"--corpus-dir {folder} is not a folder; pass the unpacked corpus, or leave it out to download")
+    elif not any(folder.iterdir()):
+        raise UserError(f"--corpus-dir {folder} is empty; pass the unpacked corpus, or leave it out to download")
+    note = {"corpus_dir": str(folder.absolute()), "given": recipe.corpus_dir is not None}
+    write_atomic(recipe.path(CORPUS_FILE), json.dumps(note) + "\n")
+    print(f"  corpus: {folder}", flush=True)
+
+
+def run_prepare(recipe: Recipe) -> None:
+    """Writes 16 kHz audio and cuts of the three splits."""
+    folder = Path(json.loads(recipe.path(CORPUS_FILE).read_text(encoding="utf-8"))["corpus_dir"])
+    prepared = recipe.corpus.prepare(
+        folder, recipe.path("data"), seed=recipe.data_seed, options=recipe.options, num_jobs=recipe.num_jobs
+    )
+    for line in prepared.summary():
+        print(f"  {line}", flush=True)
+    config = recipe.experiment.data
+    path = recipe.path("data/bad_rows.txt")
+    report_bad_rows(prepared.bad_rows, prepared.num_rows, config.strict, config.max_bad_fraction, path)
+    for split in SPLITS:
+        if prepared.counts[split] == 0:
+            raise UserError(f"no {split} utterances in {folder}; reasons in {path}")
+
+
+def run_features(recipe: Recipe) -> None:
+    """Computes features of all splits (augmented copies for training) and the statistics of the training features."""
+    from asr.data.features import compute_features, compute_stats
+
+    config = recipe.experiment.data
+    bad: list[BadRow] = []
+    total = 0
+    for split in SPLITS:
+        cuts = recipe.cuts(split, features=False)
+        total += len(cuts)
+        if config.features.storage == "stored":
+            augment = config.augment if split == "train" else None
+            out = recipe.path(f"data/features/{split}")
+            seed = recipe.data_seed
+            cuts = compute_features(cuts, out, config.features, augment, seed, recipe.num_jobs, bad_rows=bad)
+        recipe.path("data/features").mkdir(parents=True, exist_ok=True)
+        cuts.to_file(recipe.path(f"data/features/cuts_{split}.jsonl.gz"))
+        print(f"  {split}: {len(cuts)} cuts", flush=True)
+    path = recipe.path("data/features/bad_rows.txt")
+    report_bad_rows(bad, total, config.strict, config.max_bad_fraction, path)
+    stats = compute_stats(recipe.cuts("train", features=True), config.features)
+    stats.save(recipe.path("data/features/stats.json"))
+
+
+def run_tokenizer(recipe: Recipe) -> None:
+    """Learns the tokenizer from the training texts."""
+    from asr.data.tokenizer import Tokenizer
+
+    texts = [part.text for cut in recipe.cuts("train", features=False) for part in cut.supervisions]
+    tokenizer = Tokenizer.train(texts, recipe.experiment.tokenizer)
+    recipe.path("tokenizer").mkdir(parents=True, exist_ok=True)
+    tokenizer.save(recipe.path("tokenizer/tokenizer.json"))
+    tokenizer.write_tokens_txt(recipe.path("tokenizer/tokens.txt"))
+    print(f"  {tokenizer.vocab_size} tokens, blank included", flush=True)
+
+
+def run_train(recipe: Recipe) -> None:
+    """Trains; goes on from the newest checkpoint of the folder if there is one."""
+    from asr.data.features import FeatureStats
+    from asr.data.tokenizer import Tokenizer
+    from asr.training.train_data import load_train_data
+    from asr.training.trainer import train
+
+    out = recipe.path("train")
+    data = load_train_data(
+        recipe.experiment,
+        recipe.path("data/features/cuts_train.jsonl.gz"),
+        recipe.path("data/features/cuts_valid.jsonl.gz"),
+        Tokenizer.load(recipe.path("tokenizer/tokenizer.json")),
+        FeatureStats.load(recipe.path("data/features/stats.json")),
+        out,
+    )
+    result = train(recipe.experiment, data, out, resume="auto", device=recipe.device, command=recipe.command)
+    if result.reason == "terminated":
+        raise StageStopped(f"SIGTERM at step {result.step}, saved in {result.checkpoint}")
+
+
+def run_average(recipe: Recipe) -> None:
+    """Chooses the weights that decode, on validation cuts."""
+    from asr.training.averaging import average
+
+    cuts = recipe.cuts("valid", features=True)
+    average(recipe.path("train"), cuts, recipe.experiment.average, device=recipe.device)
+
+
+def searches(experiment: Experiment) -> list[str]:
+    """Greedy search, and the chosen one if that is another: both results are reported, the chosen one last."""
+    return list(dict.fromkeys(["greedy", experiment.decoding.search]))
+
+
+def run_decode(recipe: Recipe) -> None:
+    """Decodes the test cuts and renews the report with the result."""
+    from asr.decoding.decode import decode_and_score
+    from asr.decoding.emission import write_emissions
+    from asr.decoding.load import load_for_decoding
+    from asr.training.report import write_report
+
+    cuts = recipe.cuts("test", features=True)
+    loaded = load_for_decoding(recipe.path("train/average.pt"), recipe.device)
+    for search in searches(recipe.experiment):
+        config = dataclasses.replace(
+            loaded.config, decoding=dataclasses.replace(recipe.experiment.decoding, search=search)
+        )
+        out = recipe.path(f"decode/{search}")
+        report = decode_and_score(loaded.model, loaded.tokenizer, cuts, config, recipe.device, out, "test")
+        write_emissions(
+            out, "test", loaded.model, loaded.tokenizer, cuts, config, report.results, EMISSION_PLOTS, recipe.device
+        )
+        print(f"  {search}: {report.speed_line}", flush=True)
+    write_report(recipe.path("train"))
+
+
+def print_result(recipe: Recipe) -> None:
+    """Where the results are; the last line is the test result of the chosen search."""
+    print(f"report: {recipe.path('train/report.html')}")
+    print(f"checkpoint: {recipe.path('train/average.pt')}")
+    for search in searches(recipe.experiment):
+        folder = recipe.path(f"decode/{search}")
+        print(f"transcripts ({search}): {folder / 'recogs-test.txt'}, errors: {folder / 'errs-test.txt'}")
+        for picture in sorted(folder.glob("*.png")):
+            print(f"plot: {picture}")
+    for search in searches(recipe.experiment):
+        line = json.loads(recipe.path(f"decode/{search}/score-test.json").read_text(encoding="utf-8"))["line"]
+        print(line if search == recipe.experiment.decoding.search else f"{search}: {line}", flush=True)
+
+
+def stages(experiment: Experiment) -> list[Stage]:
+    """The stages in their order, with what each reads, writes, and depends on."""
+    cuts = tuple(f"data/cuts_{split}.jsonl.gz" for split in SPLITS)
+    manifests = tuple(f"data/features/cuts_{split}.jsonl.gz" for split in SPLITS)
+    features = (*manifests, "data/features/stats.json")
+    stored = experiment.data.features.storage == "stored"
+    feature_files = tuple(f"data/features/{split}" for split in SPLITS) if stored else ()
+    trained = ("train/checkpoints", "train/best.pt", "train/metrics.jsonl", "train/config.yaml")
+    results = tuple(
+        f"decode/{search}/{part}"
+        for search in searches(experiment)
+        for part in ("recogs-test.txt", "errs-test.txt", "wer-summary-test.txt", "score-test.json")
+    )
+    checks = ("experiment.data.strict", "experiment.data.max_bad_fraction")
+    tokens = ("tokenizer/tokenizer.json",)
+    training = ("seed", "data", "model", "loss", "optim", "training")
+    return [
+        Stage("download", run_download, (), (CORPUS_FILE,), ("corpus.name",), ("corpus.dir",)),
+        Stage(
+            "prepare",
+            run_prepare,
+            (CORPUS_FILE,),
+            (*cuts, "data/audio", "data/bad_rows.txt"),
+            ("corpus.options", "data_seed"),
+            checks,
+        ),
+        Stage(
+            "features",
+            run_features,
+            (*cuts, "data/audio"),
+            (*features, *feature_files),
+            ("experiment.data.features", "!experiment.data.features.num_jobs", "experiment.data.augment", "data_seed"),
+            checks,
+        ),
+        Stage("tokenizer", run_tokenizer, cuts, (*tokens, "tokenizer/tokens.txt"), ("experiment.tokenizer",)),
+        Stage(
+            "train",
+            run_train,
+            (*features, *feature_files, *tokens),
+            trained,
+            # what changes speed but not results, and what only decides whether bad rows stop the run, is left out
+            (
+                *(f"experiment.{name}" for name in training),
+                "!experiment.data.num_workers",
+                "!experiment.data.features.num_jobs",
+                *(f"!{name}" for name in checks),
+            ),
+            checks,
+            resume_dir="train",
+        ),
+        Stage(
+            "average",
+            run_average,
+            (*trained, manifests[1]),
+            ("train/average.pt",),
+            ("experiment.average",),
+        ),
+        Stage("decode", run_decode, ("train/average.pt", manifests[2]), results, ("experiment.decoding",)),
+    ]
+
+
+def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path | None) -> tuple[Recipe, Pipeline]:
+    """The recipe and its stages from parsed options.
+
+    Raises:
+        UserError: a setting, an option of the corpus or a device that does not exist or has a wrong value.
+    """
+    overrides = list(args.set)
+    if args.seed is not None:
+        overrides.append(f"seed={args.seed}")
+    if args.strict:
+        overrides.append("data.strict=true")
+    experiment = load_experiment([*([config] if config else []), *args.config], overrides)
+    corpus = CORPORA[name]
+    prefix = "corpus_"
+    fields = {entry.name for entry in dataclasses.fields(corpus.Options)}
+    options = corpus.Options(**{field: getattr(args, prefix + field) for field in fields})
+    corpus_dir = args.corpus_dir or _remembered(args.exp_dir)
+    recipe = Recipe(
+        corpus=corpus,
+        options=options,
+        exp_dir=args.exp_dir,
+        download_dir=args.download_dir,
+        corpus_dir=corpus_dir,
+        experiment=experiment,
+        data_seed=args.data_seed,
+        device=resolve_device(args.device),
+        num_jobs=args.num_jobs,
+        command=command,
+    )
+    settings = {
+        "experiment": to_dict(experiment),
+        "corpus": {
+            "name": name,
+            "options": dataclasses.asdict(options),
+            "dir": str(corpus_dir.absolute()) if corpus_dir else None,
+        },
+        "data_seed": args.data_seed,
+    }
+    return recipe, Pipeline(stages(experiment), args.exp_dir, settings, command)
+
+
+def _remembered(exp_dir: Path) -> Path | None:
+    """The --corpus-dir of an earlier run in this folder, so that it need not be repeated for every stage."""
+    try:
+        note = json.loads((exp_dir / CORPUS_FILE).read_text(encoding="utf-8"))
+        return Path(note["corpus_dir"]) if note["given"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

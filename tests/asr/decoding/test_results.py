@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+
+from asr.decoding.results import marked_errors, write_results
+from asr.decoding.score import NO_WORD, Transcribed
+
+RESULTS = [
+    Transcribed("utt-2", "ONE TWO THREE", "ONE THREE THREE"),
+    Transcribed("utt-1", "FOUR FIVE SIX SEVEN", "FOUR SIX SEVEN EIGHT"),
+    Transcribed("utt-3", "ONE", ""),
+]
+
+RECOGS = """\
+utt-1:\tref=['FOUR', 'FIVE', 'SIX', 'SEVEN']
+utt-1:\thyp=['FOUR', 'SIX', 'SEVEN', 'EIGHT']
+utt-2:\tref=['ONE', 'TWO', 'THREE']
+utt-2:\thyp=['ONE', 'THREE', 'THREE']
+utt-3:\tref=['ONE']
+utt-3:\thyp=[]
+"""
+
+ERRS = """\
+%WER = 50.00
+Errors: 1 insertions, 2 deletions, 1 substitutions, over 8 reference words (5 correct)
+Search below for sections starting with PER-UTT DETAILS:, SUBSTITUTIONS:, DELETIONS:, INSERTIONS:, PER-WORD STATS:
+
+PER-UTT DETAILS: corr or (ref->hyp)  \n\
+utt-1:\tFOUR (FIVE->*) SIX SEVEN (*->EIGHT)
+utt-2:\tONE (TWO->THREE) THREE
+utt-3:\t(ONE->*)
+
+SUBSTITUTIONS: count ref -> hyp
+1   TWO -> THREE
+
+DELETIONS: count ref
+1   ONE
+1   FIVE
+
+INSERTIONS: count hyp
+1   EIGHT
+
+PER-WORD STATS: word  corr tot_errs count_in_ref count_in_hyp
+TWO   0 1 1 0
+THREE   1 1 1 2
+ONE   1 1 2 1
+FIVE   0 1 1 0
+EIGHT   0 1 0 1
+SIX   1 0 1 1
+SEVEN   1 0 1 1
+FOUR   1 0 1 1
+"""
+
+
+def test_files_have_icefalls_form(tmp_path):
+    out_dir = tmp_path / "decode" / "greedy"
+    found = write_results(out_dir, "test", "greedy", RESULTS)
+    assert found.wer_line == "%WER 50.00% [4 / 8, 1 ins, 2 del, 1 sub ]"
+    assert (out_dir / "recogs-test.txt").read_text() == RECOGS
+    assert (out_dir / "errs-test.txt").read_text() == ERRS
+    summary = (out_dir / "wer-summary-test.txt").read_text()
+    assert summary.startswith(f"settings\tWER\ngreedy\t50.0\n\n{found.wer_line}\n95% confidence interval of the WER [")
+    described = json.loads((out_dir / "score-test.json").read_text())
+    assert described["words"]["deletions"] == 2
+    assert described["line"] == found.wer_line
+    assert described["wer_95_percent_interval"]["low"] <= 0.5 <= described["wer_95_percent_interval"]["high"]
+
+
+def test_successive_errors_are_shown_together():
+    pairs = [("A", "A"), ("B", "C"), ("D", NO_WORD), ("E", "E"), (NO_WORD, "F"), (NO_WORD, "G")]
+    assert marked_errors(pairs) == "A (B D->C) E (*->F G)"
+    assert marked_errors([]) == ""
+
+
+def test_no_utterances_and_infinite_rates_are_written(tmp_path):
+    assert write_results(tmp_path, "empty", "greedy", []).utterances == 0
+    assert "over 0 reference words" in (tmp_path / "errs-empty.txt").read_text()
+    write_results(tmp_path, "odd", "greedy", [Transcribed("a", "", "x")])
+    described = json.loads((tmp_path / "score-odd.json").read_text())
+    assert described["words"]["rate"] is None
+    assert described["words"]["insertions"] == 1
+
+
+def test_text_outside_ascii(tmp_path):
+    write_results(tmp_path, "t", "greedy", [Transcribed("ü-1", "größer 猫", "größe 猫")])
+    assert "ü-1:\t(größer->größe) 猫" in (tmp_path / "errs-t.txt").read_text(encoding="utf-8")

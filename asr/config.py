@@ -154,7 +154,7 @@ def from_dict(tree: dict[str, Any], source: str = "the configuration") -> Experi
     tree = _merge({"model": PRESETS[preset]}, tree)
     parser = make_parser()
     try:
-        return Experiment(**vars(parser.instantiate_classes(parser.parse_object(tree))))
+        return Experiment(**vars(parser.instantiate(parser.parse_object(tree))))
     except UserError:
         raise
     except Exception as err:  # jsonargparse raises its own, argparse's and the dataclasses' errors

@@ -24,8 +24,6 @@ from torch import Tensor
 from losses import backends
 from losses.shapes import Lengths, check_lattice
 
-OCCUPANCY_FLOOR = {torch.float32: 1e-25, torch.float64: 1e-150}
-
 
 class Occupancy(NamedTuple):
     """Posterior probability of each transition given the whole utterance; 0 in the padding."""
@@ -71,16 +69,13 @@ def forward_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Negative log-likelihood float64 [B] and the occupancies of blank [B, T, U+1] and label [B, T, U], outside of autograd.
 
-    Inputs were checked. Half precision comes back as float32, other dtypes as they are. Occupancies below
-    OCCUPANCY_FLOOR are 0: they would only bring denormal numbers, which slow down all that follows, into the gradients.
+    Inputs were checked. Half precision comes back as float32, other dtypes as they are.
     """
     dtype = torch.float64 if blank_log_probs.dtype == torch.float64 else torch.float32
     blank = blank_log_probs.detach().to(dtype).contiguous()
     label = label_log_probs.detach().to(dtype).contiguous()
     run = backends.load(backends.choose(backend, blank.device))
-    nll, *occupied = run(blank, label, lengths, topology == "modified", occupancies)
-    blank_occ, label_occ = (x if x is None else torch.threshold_(x, OCCUPANCY_FLOOR[dtype], 0.0) for x in occupied)
-    return nll, blank_occ, label_occ
+    return run(blank, label, lengths, topology == "modified", occupancies)
 
 
 class _LatticeLoss(torch.autograd.Function):

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from asr.config import Experiment, load_experiment, to_dict
 from asr.data.bad_rows import BadRow, report_bad_rows
+from asr.data.manifests import load_cuts, save_cuts
 from asr.device import resolve_device
 from asr.errors import UserError
 from recipes.corpora import CORPORA, Corpus
@@ -59,9 +60,7 @@ class Recipe:
 
     def cuts(self, split: str, *, features: bool) -> CutSet:
         """The cuts of a split, as prepared or with features."""
-        from asr.decoding.decode import read_cuts
-
-        return read_cuts(self.path(f"data/{'features/' * features}cuts_{split}.jsonl.gz"))
+        return load_cuts(self.path(f"data/{'features/' * features}cuts_{split}.jsonl.gz"))
 
 
 def run_download(recipe: Recipe) -> None:
@@ -109,8 +108,7 @@ def run_features(recipe: Recipe) -> None:
             out = recipe.path(f"data/features/{split}")
             seed = recipe.data_seed
             cuts = compute_features(cuts, out, config.features, augment, seed, recipe.num_jobs, bad_rows=bad)
-        recipe.path("data/features").mkdir(parents=True, exist_ok=True)
-        cuts.to_file(recipe.path(f"data/features/cuts_{split}.jsonl.gz"))
+        save_cuts(cuts, recipe.path(f"data/features/cuts_{split}.jsonl.gz"))
         print(f"  {split}: {len(cuts)} cuts", flush=True)
     path = recipe.path("data/features/bad_rows.txt")
     report_bad_rows(bad, total, config.strict, config.max_bad_fraction, path)
@@ -167,7 +165,7 @@ def searches(experiment: Experiment) -> list[str]:
 def run_decode(recipe: Recipe) -> None:
     """Decodes the test cuts and renews the report with the result."""
     from asr.decoding.decode import decode_and_score
-    from asr.decoding.emission import write_emissions
+    from asr.decoding.emission import worst_cuts, write_emissions
     from asr.decoding.load import load_for_decoding
     from asr.training.report import write_report
 
@@ -179,9 +177,8 @@ def run_decode(recipe: Recipe) -> None:
         )
         out = recipe.path(f"decode/{search}")
         report = decode_and_score(loaded.model, loaded.tokenizer, cuts, config, recipe.device, out, "test")
-        write_emissions(
-            out, "test", loaded.model, loaded.tokenizer, cuts, config, report.results, EMISSION_PLOTS, recipe.device
-        )
+        worst = worst_cuts(cuts, report.results, EMISSION_PLOTS)
+        write_emissions(out, "test", loaded.model, loaded.tokenizer, worst, config, recipe.device)
         print(f"  {search}: {report.speed_line}", flush=True)
     write_report(recipe.path("train"))
 

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from asr.decoding.decode import read_cuts
+    from asr.data.manifests import load_cuts
     from asr.device import resolve_device
     from asr.errors import UserError
     from asr.training.averaging import AverageConfig, average
@@ -28,6 +28,6 @@ def run(args: argparse.Namespace) -> int:
     if args.last and min(args.last) < 1:
         raise UserError(f"--last {min(args.last)} is too few; an average takes at least 1 checkpoint")
     config = AverageConfig(last=args.last) if args.last else None
-    path, _ = average(args.train_dir, read_cuts(args.valid_cuts), config, device=resolve_device(args.device))
+    path, _ = average(args.train_dir, load_cuts(args.valid_cuts), config, device=resolve_device(args.device))
     print(path)
     return 0

@@ -17,9 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out-dir", type=Path, help="folder for recogs, errs and wer-summary files; EXP/decode/SEARCH if not given"
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="e.g. decoding.beam=8"
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, or auto: cuda if there is one"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. decoding.beam=8; repeatable"
     )
     parser.add_argument(
         "--emissions", type=int, default=0, metavar="N", help="plot the emission posteriors of the N worst utterances"
@@ -30,16 +32,18 @@ def run(args: argparse.Namespace) -> int:
     from asr.decoding.decode import decode_and_score, read_cuts
     from asr.decoding.emission import worst_cuts, write_emissions
     from asr.decoding.load import load_for_decoding
+    from asr.device import resolve_device
 
+    device = resolve_device(args.device)
     cuts = read_cuts(args.cuts)
-    loaded = load_for_decoding(args.checkpoint, args.device, args.search, args.overrides)
+    loaded = load_for_decoding(args.checkpoint, device, args.search, args.set)
     search = loaded.config.decoding.search
     out_dir = args.out_dir or default_out_dir(args.checkpoint, search)
     name = set_name(args.cuts)
-    report = decode_and_score(loaded.model, loaded.tokenizer, cuts, loaded.config, args.device, out_dir, name)
+    report = decode_and_score(loaded.model, loaded.tokenizer, cuts, loaded.config, device, out_dir, name)
     if args.emissions > 0:
         chosen = worst_cuts(cuts, report.results, args.emissions)
-        write_emissions(out_dir, name, loaded.model, loaded.tokenizer, chosen, loaded.config, args.device)
+        write_emissions(out_dir, name, loaded.model, loaded.tokenizer, chosen, loaded.config, device)
     print(f"{search}: {report.speed_line}")
     print(f"results in {out_dir}")
     print(report.score.cer_line)

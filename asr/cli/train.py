@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     experiment = load_experiment(args.config, overrides)  # first: a misspelled key must not wait for the data
 
     from asr.data.features import compute_stats
+    from asr.data.manifests import load_cuts
     from asr.data.tokenizer import Tokenizer
-    from asr.decoding.decode import read_cuts
     from asr.device import resolve_device
     from asr.training.train_data import load_train_data
     from asr.training.trainer import train
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     kept = args.out_dir / "tokenizer.json"
     path = args.tokenizer or (kept if kept.is_file() else None)
-    cuts = read_cuts(args.train_cuts)
+    cuts = load_cuts(args.train_cuts)
     if path is None:
         texts = [part.text for cut in cuts for part in cut.supervisions if part.text]
         tokenizer = Tokenizer.train(texts, experiment.tokenizer)

@@ -20,19 +20,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="audio files (wav, flac, ogg, mp3, ...)")
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint file, e.g. EXP/train/average.pt")
     parser.add_argument("--search", choices=list(SEARCHES), help="the checkpoint's own if not given")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="e.g. decoding.beam=8"
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, or auto: cuda if there is one"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. decoding.beam=8; repeatable"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     from asr.decoding.load import load_for_decoding
     from asr.decoding.transcribe import transcribe_files
+    from asr.device import resolve_device
 
-    loaded = load_for_decoding(args.checkpoint, args.device, args.search, args.overrides)
+    device = resolve_device(args.device)
+    loaded = load_for_decoding(args.checkpoint, device, args.search, args.set)
     failed = 0
-    for found in transcribe_files(loaded.model, loaded.tokenizer, args.files, loaded.config, args.device):
+    for found in transcribe_files(loaded.model, loaded.tokenizer, args.files, loaded.config, device):
         if found.error is None:
             print(f"{found.path}: {found.text}", flush=True)
         else:

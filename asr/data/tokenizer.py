@@ -95,7 +95,7 @@ class Tokenizer:
             raise UserError("no text to train the tokenizer on: all transcripts are empty")
         for line in lines:
             if SPACE in line:
-                raise UserError(f"the text {line!r} holds U+2581, which tokens use for spaces; remove it from the transcript")
+                raise UserError(f"the text {line!r} holds U+2581, which stands for spaces in tokens; remove it")
         if config.kind == "char":
             characters = {character for line in lines for character in line}
             return Tokenizer("char", [BLANK, *sorted(SPACE if c == " " else c for c in characters)])

@@ -122,6 +122,8 @@ def decode_and_score(
         UserError: there are no cuts.
         OSError: a file cannot be written.
     """
+    if out_dir is not None:
+        out_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows before the work, not after
     start = time.perf_counter()
     results = decode_cuts(model, tokenizer, cuts, config, device)
     seconds = time.perf_counter() - start

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from asr import checkpoint
 from asr.config import Experiment, from_dict, parse_override, to_dict
 from asr.decoding import SEARCHES
@@ -24,30 +22,18 @@ def load_for_decoding(
 
     Args:
         path: checkpoint file.
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        device: a name that ``asr.device.resolve_device`` gave.
         search: a name of ``SEARCHES``; None keeps the checkpoint's.
         overrides: ``decoding.name=value`` or ``data.name=value``.
 
     Raises:
-        UserError: no such device, checkpoint or search; a setting that is unknown, of the wrong type or not changeable.
+        UserError: no such checkpoint or search; a setting that is unknown, of the wrong type or not changeable.
     """
-    check_device(device)
     if search is not None and search not in SEARCHES:
         raise UserError(f"unknown search {search!r}; choose one of {', '.join(SEARCHES)}")
     loaded = checkpoint.load(path, device)
     loaded.config = override(loaded.config, [f"decoding.search={search}", *overrides] if search else overrides)
     return loaded
-
-
-def check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"unknown device {name!r}; use cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"there is no device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
-        )
 
 
 def override(config: Experiment, overrides: Sequence[str]) -> Experiment:

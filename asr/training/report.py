@@ -107,7 +107,7 @@ def _collect(train_dir: Path, extra: ReportExtra) -> ReportContent:
         worst=list(extra.worst)[:10] if extra.worst is not None else worst,
         worst_search=f"{shown.search} on {shown.test_set}" if shown and extra.worst is None else "",
         durations_s=list(extra.durations_s) if extra.durations_s is not None else read_durations(exp_dir),
-        emissions=sections.read_emissions(exp_dir),
+        emissions=sections.read_emissions(exp_dir, shown.search if shown else ""),
         figures=[*extra.figures, *((path, _caption(path)) for path in _pictures(train_dir, decode_dir))],
         config_text=config_text[:_LONGEST_CONFIG],
         config=config,
@@ -116,7 +116,9 @@ def _collect(train_dir: Path, extra: ReportExtra) -> ReportContent:
 
 def _pictures(train_dir: Path, decode_dir: Path) -> list[Path]:
     folders = [train_dir, *(sorted(p for p in decode_dir.iterdir() if p.is_dir()) if decode_dir.is_dir() else [])]
-    return [p for folder in folders for p in sorted(folder.glob("*")) if p.suffix in _IMAGE_TYPES and p.is_file()]
+    # what emissions*.json holds is drawn from there
+    return [p for folder in folders for p in sorted(folder.glob("*"))
+            if p.suffix in _IMAGE_TYPES and p.is_file() and not p.name.startswith("emissions-")]  # fmt: skip
 
 
 def _caption(path: Path) -> str:

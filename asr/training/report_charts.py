@@ -32,7 +32,11 @@ class Series:
 
 @dataclass
 class Chart:
-    """Axes and what lies on them. `marks` are (x, text) of events, drawn as red ticks at the upper edge."""
+    """Axes and what lies on them.
+
+    `marks` are (x, text) of events, drawn as red ticks at the upper edge. With `at_peaks` lines that are not dashed carry
+    their name at their greatest value instead of in the legend, and the tooltip leaves out those that are near zero.
+    """
 
     title: str
     series: list[Series]
@@ -44,6 +48,7 @@ class Chart:
     note: str = ""
     marks: list[tuple[float, str]] = field(default_factory=list)
     wide: bool = False
+    at_peaks: bool = False
 
 
 def text(value: object) -> str:
@@ -168,7 +173,7 @@ def line_chart(chart: Chart, points: int) -> str:
                 f'<path class="mark" d="M{left * 10:g} 0V70"><title>{text(label)}</title></path>'
             )
     frame = {"x": chart.x_label, "lo": x_scale.low, "hi": x_scale.high, "yl": y_scale.low, "yh": y_scale.high,
-             "log": int(chart.log_y), "s": data}  # fmt: skip
+             "log": int(chart.log_y), "least": 0.005 if chart.at_peaks else None, "s": data}  # fmt: skip
     return _figure(chart, _plot(shapes, x_scale, y_scale, chart), json.dumps(frame, separators=(",", ":")))
 
 
@@ -220,6 +225,11 @@ def _plot(shapes: list[str], x_scale: _Scale, y_scale: _Scale, chart: Chart) -> 
         at = x_scale(tick)
         if -0.001 <= at <= 1.001 and (chart.x_label != "step" or tick == int(tick)):
             labels.append(f'<span class="xt" style="left:{100 * at:.2f}%">{text(short(tick))}</span>')
+    for series in chart.series if chart.at_peaks else []:
+        if series.y and not series.dashed:
+            y, x = max(zip(series.y, series.x, strict=True))
+            place = f"left:{100 * x_scale(x):.2f}%;bottom:{100 * y_scale(y):.2f}%"
+            labels.append(f'<span class="peak s{series.colour % _COLOURS}" style="{place}">{text(series.name)}</span>')
     svg = (
         f'<svg viewBox="0 0 {_SIDE} {_SIDE}" preserveAspectRatio="none" role="img" aria-label="{text(chart.title)}">'
         + "".join(grid) + "".join(shapes) + "</svg>"
@@ -228,7 +238,7 @@ def _plot(shapes: list[str], x_scale: _Scale, y_scale: _Scale, chart: Chart) -> 
 
 
 def _figure(chart: Chart, body: str, data: str) -> str:
-    named = [s for s in chart.series if not s.faint]
+    named = [s for s in chart.series if not s.faint and (s.dashed or not chart.at_peaks)]
     legend = "".join(f'<span class="key s{s.colour % _COLOURS}">{text(s.name)}</span>' for s in named)
     note = f'<p class="note">{text(chart.note)}</p>' if chart.note else ""
     attribute = f' data-chart="{text(data)}"' if data else ""

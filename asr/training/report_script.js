@@ -35,6 +35,8 @@
       d.s.forEach(function (s) {
         if (!s.x.length) return;
         var i = nearest(s.x, x);
+        // a line that is near zero here, or does not reach here, would only fill the tooltip
+        if (d.least && (s.y[i] < d.least || Math.abs(s.x[i] - x) > (d.hi - d.lo) / 50)) return;
         if (snapped === null || Math.abs(s.x[i] - x) < Math.abs(snapped - x)) snapped = s.x[i];
         rows.push({ s: s, i: i });
       });

@@ -215,19 +215,22 @@ def _wide_range(values: Sequence[float]) -> bool:
     return bool(finite) and min(finite) > 0 and max(finite) > 20 * min(finite)
 
 
-def read_emissions(exp_dir: Path) -> list[dict[str, Any]]:
-    """Utterances of emissions*.json in train/ and decode/<search>/, at most six.
+def read_emissions(exp_dir: Path, search: str = "") -> list[dict[str, Any]]:
+    """Utterances of decode/<search>/emissions*.json, or of any search when this one has none; at most six.
 
     Form: {"utterances": [{"cut_id": str, "text": str, "frame_shift_s": float, "series": [{"symbol": str, "posterior":
     [float, one a frame]}]}]}.
     """
-    found: list[dict[str, Any]] = []
-    for path in [*sorted(exp_dir.glob("train/emissions*.json")), *sorted(exp_dir.glob("decode/*/emissions*.json"))]:
-        try:
-            found += json.loads(path.read_text(encoding="utf-8"))["utterances"]
-        except (ValueError, KeyError, TypeError):  # cut short, or of another form
-            continue
-    return [u for u in found if isinstance(u, dict) and u.get("series")][:6]
+    for pattern in (f"decode/{search}/emissions*.json", "decode/*/emissions*.json"):
+        found: list[Any] = []
+        for path in sorted(exp_dir.glob(pattern)):
+            try:
+                found += json.loads(path.read_text(encoding="utf-8"))["utterances"]
+            except (OSError, ValueError, KeyError, TypeError):  # cut short, or of another form
+                continue
+        if usable := [u for u in found if isinstance(u, dict) and u.get("series")]:
+            return usable[:6]
+    return []
 
 
 def emission_charts(utterances: Sequence[dict[str, Any]], points: int) -> str:
@@ -235,17 +238,27 @@ def emission_charts(utterances: Sequence[dict[str, Any]], points: int) -> str:
     out = []
     for utterance in utterances:
         shift_s = number(utterance.get("frame_shift_s", 0.04))
-        series = []
-        for i, entry in enumerate(utterance["series"][:12]):
-            y = [number(v) for v in entry.get("posterior", [])]
-            blank = entry.get("symbol") in ("<blk>", "blank")
-            x = [shift_s * k for k in range(len(y))]
-            series.append(Series(str(entry.get("symbol"))[:_LONGEST_WORD], x, y, 5 if blank else i % 5, dashed=blank))
+        series = [_emission(entry, i, shift_s) for i, entry in enumerate(utterance["series"][:_MOST_WORDS])]
         title = str(utterance.get("text") or utterance.get("cut_id", ""))[:120]
         note = str(utterance.get("cut_id", ""))[:200]
-        chart = Chart(title, series, x_label="seconds", zero=True, y_max=1.02, note=note, wide=True)
+        chart = Chart(title, series, x_label="seconds", zero=True, y_max=1.12, note=note, wide=True, at_peaks=True)
         out.append(line_chart(chart, points))
-    return f'<div class="charts">{"".join(out)}</div>' if out else ""
+    lead = (
+        "When the model wants to emit each token of the reference, against blank (dashed). A token whose probability is "
+        "spread over frames stays below blank in all of them, and greedy search deletes it."
+    )
+    return f'<p class="lead">{lead}</p><div class="charts gapless">{"".join(out)}</div>' if out else ""
+
+
+def _emission(entry: dict[str, Any], i: int, shift_s: float) -> Series:
+    """One symbol over time; of a token only the frames around its emission, for it is zero elsewhere."""
+    y = [number(v) for v in entry.get("posterior", [])]
+    symbol = str(entry.get("symbol"))[:_LONGEST_WORD]
+    if symbol in ("<blk>", "blank"):
+        return Series(symbol, [shift_s * k for k in range(len(y))], y, 5, dashed=True)
+    high = [k for k, v in enumerate(y) if v >= 0.002]
+    span = range(max(high[0] - 1, 0), min(high[-1] + 2, len(y))) if high else range(0)
+    return Series(symbol, [shift_s * k for k in span], [y[k] for k in span], (i - 1) % 5)
 
 
 def worst_utterances(worst: Sequence[WorstUtterance], search: str = "") -> str:

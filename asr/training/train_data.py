@@ -7,9 +7,8 @@ from pathlib import Path
 from asr.config import Experiment
 from asr.data.bad_rows import BadRow, report_bad_rows
 from asr.data.features import FeatureStats
-from asr.data.manifests import check_cuts
+from asr.data.manifests import check_cuts, load_cuts
 from asr.data.tokenizer import Tokenizer
-from asr.decoding.decode import read_cuts
 from asr.errors import UserError
 from asr.training.trainer import TrainData
 
@@ -27,13 +26,15 @@ def load_train_data(
     Raises:
         UserError: a manifest that cannot be used; bad rows under ``data.strict``, or too many of them.
     """
+    # stored features are used without the audio, which may be gone by now
+    check_audio = experiment.data.features.storage != "stored"
     bad: list[BadRow] = []
     good = []
     total = 0
     for path in (train_cuts, valid_cuts):
-        cuts = read_cuts(path)
+        cuts = load_cuts(path)
         total += len(cuts)
-        kept, rows = check_cuts(cuts, tokenizer, experiment.data)
+        kept, rows = check_cuts(cuts, tokenizer, experiment.data.features, source=path, check_audio=check_audio)
         bad += rows
         good.append(kept)
     config = experiment.data

@@ -7,7 +7,8 @@ A lattice backend is a module with one function:
         lengths: losses.shapes.Lengths, already checked;  modified: topology with one symbol a frame
         occupancies: False skips the second pass; both occupancies are then None
         nll float64 [B] = -log P(targets);  blank_occ, label_occ: probability that the alignment takes the blank or label
-        transition of a cell, shape and dtype of blank and label, 0 in the padding
+        transition of a cell, shape and dtype of blank and label; 0 in the padding and where below exp(LOG_FLOOR[dtype]).
+        Without a possible alignment nll is inf and the occupancies are NaN
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ BACKENDS: dict[str, str] = {
     "numba": "losses.backends.numba_lattice",  # CPU
     "torch": "losses.backends.torch_lattice",  # any device
 }
+# Rarer transitions mean nothing; they would only bring denormal numbers, which slow down what follows, into the gradients.
+LOG_FLOOR = {torch.float32: -57.0, torch.float64: -345.0}
+
 DEFAULT_BACKENDS = {"cpu": "numba"}  # other devices: torch
 
 

@@ -27,6 +27,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from losses.backends import LOG_FLOOR
 from losses.shapes import Lengths
 
 # Stands for log 0: finite, so that differences of two of them are not NaN. Sums of fewer than 1e20 of them stay finite.
@@ -122,12 +123,12 @@ def _logaddexp_rows(out, a, b, c, d):
 
 
 @jit
-def _exp_rows(out, a, b, c, log_sum):
-    """out = exp(a + b + c - log_sum), elementwise; below -700 it is 0."""
+def _exp_rows(out, a, b, c, log_sum, floor):
+    """out = exp(a + b + c - log_sum), elementwise; 0 where the exponent is below floor >= -700."""
     for i in range(out.size):
         x = a[i] + b[i] + c[i] - log_sum
-        y = _exp(-700.0 if x < -700.0 else x)
-        out[i] = 0.0 if x < -700.0 else y
+        y = _exp(floor if x < floor else x)
+        out[i] = 0.0 if x < floor else y
 
 
 @jit
@@ -184,7 +185,7 @@ def _alpha_step(blank, label, tokens, span, d, before, here):
 
 
 @jit
-def _occupancies(blank, label, beta, tokens, layers, span, shift, blank_occ, label_occ):
+def _occupancies(blank, label, beta, tokens, layers, span, shift, floor, blank_occ, label_occ):
     """Probability of each transition, exp(alpha + log-prob + beta - log P); blank_occ and label_occ hold zeros before."""
     log_sum = np.nan if beta[0, 0] < 0.1 * LOG_ZERO else beta[0, 0]  # no path: no probabilities
     before = np.empty(tokens + 1)
@@ -201,18 +202,18 @@ def _occupancies(blank, label, beta, tokens, layers, span, shift, blank_occ, lab
         start = first + 1 if (first == d - span and first < tokens) else first
         end = last + 1
         if start < end:
-            _exp_rows(row[start:end], here[start:end], blank[d, start:end], after[start:end], log_sum)
+            _exp_rows(row[start:end], here[start:end], blank[d, start:end], after[start:end], log_sum, floor)
             for u in range(start, end):
                 blank_occ[d - shift * u, u] = row[u]
         end = min(end, tokens)
         if first < end:
-            _exp_rows(row[first:end], here[first:end], label[d, first:end], after[first + 1 : end + 1], log_sum)
+            _exp_rows(row[first:end], here[first:end], label[d, first:end], after[first + 1 : end + 1], log_sum, floor)
             for u in range(first, end):
                 label_occ[d - shift * u, u] = row[u]
 
 
 @jit
-def lattice_group(blank, label, enc_lens, target_lens, group, modified, nll, occupancies, blank_occ, label_occ):
+def lattice_group(blank, label, enc_lens, target_lens, group, modified, floor, nll, occupancies, blank_occ, label_occ):
     """Utterances `group` of a batch; writes their rows of nll, blank_occ, label_occ."""
     size = 0
     for b in group:
@@ -236,7 +237,7 @@ def lattice_group(blank, label, enc_lens, target_lens, group, modified, nll, occ
         nll[b] = np.inf if log_sum < 0.1 * LOG_ZERO else -log_sum
         if occupancies:
             _occupancies(
-                blank_rows, label_rows, beta, tokens, layers, span, shift, blank_occ[b], label_occ[b]
+                blank_rows, label_rows, beta, tokens, layers, span, shift, floor, blank_occ[b], label_occ[b]
             )
 
 
@@ -323,9 +324,11 @@ def forward_backward(
     enc_lens = np.array(lengths.enc, dtype=np.int64)
     target_lens = np.array(lengths.target, dtype=np.int64)
 
+    floor = LOG_FLOOR[blank.dtype]
+
     def run(group: np.ndarray) -> None:
         lattice_group(
-            blank_lp, label_lp, enc_lens, target_lens, group, modified, nll, occupancies, blank_occ, label_occ
+            blank_lp, label_lp, enc_lens, target_lens, group, modified, floor, nll, occupancies, blank_occ, label_occ
         )
 
     cells = [t * (u + 1) for t, u in zip(lengths.enc, lengths.target, strict=True)]

@@ -7,9 +7,12 @@ nothing, whatever the padding held. Everything is accumulated in float64.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from losses.backends import LOG_FLOOR
 from losses.shapes import Lengths
 
 
@@ -73,8 +76,9 @@ def forward_backward(
         if width > 1:
             alpha[d, :, 1:] = torch.logaddexp(alpha[d, :, 1:], alpha[d - 1, :, :-1] + label_rows[d - 1])
     alpha -= log_sum.masked_fill(log_sum == -torch.inf, torch.nan)[:, None]  # no path: no probabilities
-    blank_occ = (alpha + blank_rows + beta[1:]).exp_()
-    label_occ = (alpha[:, :, :-1] + label_rows + beta[1:, :, 1:]).exp_()
+    floor = math.exp(LOG_FLOOR[blank.dtype])
+    blank_occ = torch.threshold_((alpha + blank_rows + beta[1:]).exp_(), floor, 0.0)
+    label_occ = torch.threshold_((alpha[:, :, :-1] + label_rows + beta[1:, :, 1:]).exp_(), floor, 0.0)
     blank_cells = _cells(blank_occ, frames, shift).to(blank.dtype, memory_format=torch.contiguous_format)
     label_cells = _cells(label_occ, frames, shift).to(label.dtype, memory_format=torch.contiguous_format)
     return -log_sum, blank_cells, label_cells

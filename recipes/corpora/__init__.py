@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from recipes.corpora import synth, yesno
+from recipes.corpora import fsdd, synth, yesno
 from recipes.corpora.base import Corpus, Prepared
 
 CORPORA: dict[str, Corpus] = {
     yesno.NAME: yesno,
+    fsdd.NAME: fsdd,
     synth.NAME: synth,
 }
 

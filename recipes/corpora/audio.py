@@ -84,7 +84,7 @@ def resample(samples: np.ndarray, rate_hz: int, target_hz: int = SAMPLE_RATE_HZ)
 
 @cache
 def _low_pass(up: int, down: int) -> np.ndarray:
-    """scipy's default length with a steeper window; designed once, since that takes as long as filtering a short utterance."""
+    """scipy's default length with a steeper window; designing it takes as long as filtering a short utterance."""
     widest = max(up, down)
     return firwin(2 * 10 * widest + 1, 1 / widest, window=("kaiser", 8.0))
 
@@ -113,8 +113,8 @@ def pcm_digest(pcm: np.ndarray) -> str:
 def join(pieces: Sequence[np.ndarray], fade_s: float = 0.01) -> np.ndarray:
     """Concatenate pieces [N_i] with equal-power cross-fades, so that no joint clicks.
 
-    Neighbours overlap by ``fade_s`` (less where a piece is shorter than twice that): the result is shorter than the sum by the
-    overlaps. Equal power keeps the level of two uncorrelated noise floors constant through the joint.
+    Neighbours overlap by ``fade_s`` (less where a piece is shorter than twice that): the result is shorter than the sum
+    by the overlaps. Equal power keeps the level of two uncorrelated noise floors constant through the joint.
     """
     if not pieces:
         return np.zeros(0, dtype=np.float32)
@@ -139,7 +139,7 @@ def rms(samples: np.ndarray) -> float:
 
 
 def energy_db(samples: np.ndarray, hop_s: float = 0.01, window_s: float = 0.02) -> np.ndarray:
-    """Short-time level [N // hop] in dB relative to full scale, one value per hop, window centred on the hop's start."""
+    """Short-time level [N // hop] in dB relative to full scale, one value per hop, the window centred on its start."""
     hop, window = int(hop_s * SAMPLE_RATE_HZ), int(window_s * SAMPLE_RATE_HZ)
     total = np.concatenate([[0.0], np.cumsum(np.square(samples, dtype=np.float64))])
     centres = np.arange(len(samples) // hop) * hop

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,8 +31,8 @@ SPLITS = ("train", "valid", "test")
 class Prepared:
     """What ``prepare`` wrote.
 
-    ``checksums`` maps each split (and each further list that the corpus writes) to a SHA-256 that depends on ids, transcripts and
-    samples only, not on paths or times. ``num_rows`` counts all rows that were looked at, bad ones included.
+    ``checksums`` maps each split (and each further list that the corpus writes) to a SHA-256 that depends on ids,
+    transcripts and samples only, not on paths or times. ``num_rows`` counts all rows that were looked at, bad ones too.
     """
 
     data_dir: Path
@@ -53,33 +53,43 @@ class Prepared:
     def summary(self) -> list[str]:
         """Lines for the log: size and checksum of every split, further checksums, and what is worth knowing."""
         lines = [
-            f"{split}: {self.counts[split]} utterances, {self.durations_s[split] / 60:.1f} min, sha256 {self.checksums[split][:16]}"
+            f"{split}: {self.counts[split]} utterances, {self.durations_s[split] / 60:.1f} min, "
+            f"sha256 {self.checksums[split][:16]}"
             for split in SPLITS
         ]
         lines += [f"{name}: sha256 {digest}" for name, digest in self.checksums.items() if name not in SPLITS]
         lines += self.notes
         if self.bad_rows:
-            lines.append(f"left out {len(self.bad_rows)} of {self.num_rows} rows, reasons in {self.data_dir / 'bad_rows.txt'}")
+            reasons = self.data_dir / "bad_rows.txt"
+            lines.append(f"left out {len(self.bad_rows)} of {self.num_rows} rows, reasons in {reasons}")
         return lines
 
 
 class Corpus(Protocol):
     """A module of this package. ``Options`` is its dataclass of settings; every field is an option of the recipe."""
 
-    NAME: str
-    Options: type
+    @property
+    def NAME(self) -> str:
+        """The name on the command line."""
+
+    @property
+    def Options(self) -> Callable[..., Any]:
+        """The dataclass of settings."""
 
     def download(self, dest: Path) -> Path:
-        """Fetch the corpus into ``dest``; returns the folder for ``prepare``. Raises UserError without a network."""
+        """Fetch the corpus into ``dest`` and return the folder for ``prepare``. Raises UserError without a network."""
 
-    def prepare(self, corpus_dir: Path | None, data_dir: Path, *, seed: int, options: Any, num_jobs: int = 2) -> Prepared:
+    def prepare(
+        self, corpus_dir: Path | None, data_dir: Path, *, seed: int, options: Any, num_jobs: int = 2
+    ) -> Prepared:
         """Write cuts and audio into ``data_dir``. Raises UserError if ``corpus_dir`` is not this corpus."""
 
 
 class CorpusWriter:
     """Writes audio as it comes, and cuts, bad rows and checksums at the end.
 
-    Older output in ``data_dir`` goes first: an interrupted run must never leave cuts of one setting beside audio of another.
+    Older output in ``data_dir`` goes first: an interrupted run must never leave cuts of one setting beside audio of
+    another.
     """
 
     def __init__(self, data_dir: Path) -> None:

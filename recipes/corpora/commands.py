@@ -56,7 +56,9 @@ def _open(rng: np.random.Generator) -> str:
 
 def _wake(rng: np.random.Generator) -> str:
     minutes = _pick(rng, "", " FIFTEEN", " THIRTY", " TWENTY FIVE", " FORTY FIVE")
-    when = _pick(rng, "TOMORROW", "TOMORROW MORNING", *(f"ON {day}" for day in DAYS), *(f"ON {day} MORNING" for day in DAYS))
+    when = _pick(
+        rng, "TOMORROW", "TOMORROW MORNING", *(f"ON {day}" for day in DAYS), *(f"ON {day} MORNING" for day in DAYS)
+    )
     return f"WAKE ME AT {_pick(rng, *DIGITS[4:], 'TEN')}{minutes} {when}"
 
 

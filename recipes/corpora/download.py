@@ -33,16 +33,17 @@ def fetch(url: str, path: Path) -> Path:
         partial.unlink(missing_ok=True)
         reason = " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__
         raise UserError(
-            f"cannot download {url} ({reason}); try again with a network, or pass --corpus-dir FOLDER if you have the corpus"
+            f"cannot download {url} ({reason}); try again with a network, or pass --corpus-dir FOLDER "
+            "if you have the corpus"
         ) from error
     partial.replace(path)
     return path
 
 
 def fetch_and_unpack(url: str, dest: Path, archive_name: str, folder_name: str) -> Path:
-    """Download a tar archive and unpack it as ``dest / folder_name`` (the archive's own single top folder is replaced by it).
+    """Download a tar archive and unpack it as ``dest / folder_name``, whatever its own top folder is called.
 
-    Unpacking happens in a folder beside it that is renamed at the end, so that a folder with the final name is complete.
+    Unpacking happens in a folder beside it that is renamed at the end: a folder with the final name is complete.
     Members that would leave the folder, links to outside and special files are refused (tarfile's "data" filter).
     """
     folder = dest / folder_name
@@ -67,7 +68,9 @@ def fetch_and_unpack(url: str, dest: Path, archive_name: str, folder_name: str) 
     return folder
 
 
-def find_wavs(corpus_dir: Path | None, corpus: str, subfolders: tuple[str, ...], expected: str) -> tuple[Path, list[Path]]:
+def find_wavs(
+    corpus_dir: Path | None, corpus: str, subfolders: tuple[str, ...], expected: str
+) -> tuple[Path, list[Path]]:
     """The folder that holds the corpus's wav files (``corpus_dir`` or one of its ``subfolders``), and them, sorted.
 
     Raises UserError that names the places looked at, and ``expected``, what a wav file of this corpus is called.

@@ -1,14 +1,15 @@
 """Speech from espeak-ng, in a child process of its own.
 
-espeak-ng is licensed under GPLv3 and keeps state between calls: the same request gives other samples later in one process. So this
-file is both sides of a pipe. ``speak`` (parent) starts it as a fresh program for every list of requests; the program (child) loads
-the library, speaks the list in order, and writes samples. The same list gives the same bytes on every run. The child imports the
-standard library and espeakng_loader only.
+espeak-ng is licensed under GPLv3 and keeps state between calls: the same request gives other samples later in one
+process. So this file is both sides of a pipe. ``speak`` (parent) starts it as a fresh program for every list of
+requests; the program (child) loads the library, speaks the list in order, and writes samples. The same list gives the
+same bytes on every run. The child imports the standard library and espeakng_loader only.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import subprocess
 import sys
@@ -27,7 +28,7 @@ _SAFE_VOLUME = 40  # the default of 100 clips inside the synthesizer for some vo
 
 @dataclass(frozen=True)
 class Request:
-    """One utterance: UTF-8 text, voice (``en-us+f3`` = base voice + variant), words per minute, pitch and its range (0 to 100)."""
+    """One utterance: text, voice (``base+variant``), rate in words per minute, pitch and pitch range (0 to 100)."""
 
     text: str
     voice: str
@@ -37,17 +38,22 @@ class Request:
 
 
 def speak(requests: Sequence[Request]) -> tuple[int, list[bytes]]:
-    """Speak all requests in one fresh process: sample rate in Hz, and int16 samples (native byte order) for each request.
+    """Speak all requests in one fresh process: sample rate in Hz, and native int16 samples of each request.
 
     Raises UserError if espeak-ng is not installed or does not know a voice.
     """
     from asr.errors import UserError
 
+    found = importlib.util.find_spec("espeakng_loader")
+    if found is None or found.origin is None:
+        raise UserError(f"espeak-ng is not installed; install it: {INSTALL}")
+    site = str(Path(found.origin).resolve().parents[1])
     with tempfile.TemporaryDirectory(prefix="espeak-") as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "samples.raw"
         job.write_text(json.dumps([asdict(request) for request in requests]), encoding="utf-8")
-        # By path, not by module name: the child then loads nothing of the toolkit. Isolated: no settings from outside.
-        command = [sys.executable, "-I", str(Path(__file__).resolve()), str(job), str(result)]
+        # By path, not by module name: the child then loads nothing of the toolkit. Isolated: no settings from outside,
+        # so it is told where espeakng_loader lies.
+        command = [sys.executable, "-I", str(Path(__file__).resolve()), site, str(job), str(result)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == _MISSING:
             raise UserError(f"espeak-ng is not available ({done.stderr.strip()}); install it: {INSTALL}")
@@ -63,8 +69,9 @@ def speak(requests: Sequence[Request]) -> tuple[int, list[bytes]]:
     return int(answer["rate_hz"]), out
 
 
-def _load() -> tuple[Any, int, list[bytes]]:
-    """The library, its sample rate, and the list that its callback appends samples to."""
+def _load(site: str) -> tuple[Any, int]:
+    """The library, initialised, and its sample rate in Hz."""
+    sys.path.append(site)
     try:
         import espeakng_loader
 
@@ -77,11 +84,12 @@ def _load() -> tuple[Any, int, list[bytes]]:
     if rate <= 0:
         print(f"espeak_Initialize returned {rate} for {data}", file=sys.stderr)
         raise SystemExit(_MISSING)
-    return library, rate, []
+    return library, rate
 
 
-def _main(job: str, result: str) -> None:
-    library, rate, chunks = _load()
+def _main(site: str, job: str, result: str) -> None:
+    library, rate = _load(site)
+    chunks: list[bytes] = []
     callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
     @callback_type

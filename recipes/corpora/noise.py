@@ -15,7 +15,7 @@ _LOWEST_HZ = 50.0
 
 
 def coloured(kind: str, length: int, rng: np.random.Generator) -> np.ndarray:
-    """float32 [length] of unit RMS whose power falls with frequency: white f^0, pink f^-1, brown f^-2 (flat below 50 Hz)."""
+    """float32 [length] of unit RMS; power over frequency: white f^0, pink f^-1, brown f^-2 (flat below 50 Hz)."""
     white = rng.standard_normal(length, dtype=np.float32)
     exponent = _EXPONENTS[kind]
     if exponent:
@@ -28,7 +28,7 @@ def coloured(kind: str, length: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def babble(voices: Sequence[np.ndarray], length: int, rng: np.random.Generator, count: int = 6) -> np.ndarray:
-    """float32 [length] of unit RMS: ``count`` random voices at equal level from random positions, over a faint pink floor."""
+    """float32 [length] of unit RMS: ``count`` random voices of equal level, over a faint pink floor."""
     mixture = 0.1 * coloured("pink", length, rng)
     for index in rng.choice(len(voices), size=count, replace=len(voices) < count):
         voice = np.roll(voices[index], -int(rng.integers(len(voices[index]))))

@@ -1,8 +1,8 @@
 """New recordings out of the words of old ones.
 
-A small set of recordings with fixed word order is soon known by heart. Cut at its pauses and put together in random order and
-number, its words teach the same sounds without the order. Every cut lies in the quietest place between two words, so the pauses
-and the noise floor of the result are those of the recordings.
+A small set of recordings with fixed word order is soon known by heart. Cut at its pauses and put together in random
+order and number, its words teach the same sounds without the order. Every cut lies in the quietest place between two
+words, so the pauses and the noise floor of the result are those of the recordings.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from recipes.corpora.audio import SAMPLE_RATE_HZ, energy_db, join
 
 HOP_S = 0.01
 THRESHOLDS_DB = (15.0, 18.0, 12.0, 21.0, 9.0)
-"""Word levels above the noise floor that are tried in this order: breath in a pause needs a higher one, weak consonants a lower."""
+"""Levels above the noise floor, tried in this order: breath in a pause needs a higher one, weak consonants a lower."""
 MIN_PAUSE_S, MIN_WORD_S, MAX_WORD_S = 0.06, 0.15, 0.65
 QUIET_DB = 8.0
 
@@ -34,7 +34,7 @@ class Words:
 
 
 def find_words(samples: np.ndarray, count: int) -> Words | None:
-    """Cut float32 [N] at 16 kHz into exactly ``count`` words by energy; None if no threshold finds that many plausible words."""
+    """Cut float32 [N] at 16 kHz into exactly ``count`` words by energy; None if no threshold finds that many."""
     level = np.convolve(energy_db(samples, HOP_S), np.ones(3) / 3, mode="same")
     floor = float(np.percentile(level, 10))
     for threshold in THRESHOLDS_DB:
@@ -68,7 +68,7 @@ def _cut_between(samples: np.ndarray, level: np.ndarray, floor: float, runs: lis
     outside = [(0, first), (last, len(level))]
     quiet = []
     for start, end in outside:
-        # Neither clicks and breath (above the noise floor) nor a recorder that fades in (below it): the longest run at the floor.
+        # Neither clicks and breath (above the noise floor) nor a recorder that fades in (below it).
         near_floor = np.abs(level[start:end] - floor) < QUIET_DB
         calm = np.diff(np.concatenate([[0], near_floor.astype(np.int8), [0]]))
         spans = np.flatnonzero(calm).reshape(-1, 2)
@@ -107,7 +107,9 @@ class Recombiner:
         """Whether there are words and noise to make recordings of."""
         return bool(self._units and self._quiet)
 
-    def generate(self, count: int, rng: np.random.Generator, min_words: int = 4, max_words: int = 12) -> Iterator[Recombined]:
+    def generate(
+        self, count: int, rng: np.random.Generator, min_words: int = 4, max_words: int = 12
+    ) -> Iterator[Recombined]:
         """``count`` recordings of random words in random number; every piece of a word is used about equally often."""
         vocabulary = sorted(self._units)
         decks: dict[str, list[int]] = {word: [] for word in vocabulary}

@@ -1,7 +1,8 @@
 """synth: spoken commands and digit strings that espeak-ng speaks; nothing to download.
 
-Many voices (base voice + variant), rates and pitches; noise at 10 to 20 dB signal-to-noise ratio. No test or valid sentence occurs
-in training. Every test voice has a variant that training never heard, half of them also a base voice that it never heard.
+Many voices (base voice + variant), rates and pitches; noise at 10 to 20 dB signal-to-noise ratio. No test or valid
+sentence occurs in training. Every test voice has a variant that training never heard, half of them also a base voice
+that it never heard.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from recipes.corpora.espeak import Request, speak
 NAME = "synth"
 NUM_VALID, NUM_TEST = 150, 300
 SHARD = 50
-"""Utterances spoken by one child process. Part of the definition: espeak-ng's samples depend on what it spoke before."""
+"""Utterances of one child process. Part of the definition: espeak-ng's samples depend on what it spoke before."""
 SNR_DB = (10.0, 20.0)
 LEVEL_DB = (-32.0, -20.0)
 
 TRAIN_BASES = ("en-us", "en", "en-029", "en-gb-scotland", "en-gb-x-gbcwmd")
 # Left out: whispers, robots, monsters, echoes, variants that hardly differ from a neighbour, and loud ones that clip.
 TRAIN_VARIANTS = (
-    "m1", "m2", "m4", "m5", "m6", "f1", "f3", "f4", "Alex", "Andy", "max", "grandpa", "grandma", "Gene", "pablo", "rob", "robert",
-    "Hugo", "Nguyen", "michel", "miguel", "sandro", "quincy", "Mario", "Denis", "boris", "victor", "klatt4", "belinda", "steph",
-    "anika", "aunty", "edward", "gustave", "travis", "Michael",
+    "m1", "m2", "m4", "m5", "m6", "f1", "f3", "f4", "Alex", "Andy", "max", "grandpa", "grandma", "Gene", "pablo", "rob",
+    "robert", "Hugo", "Nguyen", "michel", "miguel", "sandro", "quincy", "Mario", "Denis", "boris", "victor", "klatt4",
+    "belinda", "steph", "anika", "aunty", "edward", "gustave", "travis", "Michael",
 )  # fmt: skip
 VALID_VOICES = ("en-us+iven3", "en+Andrea")
 """Voices of a third of the valid strings; training never hears them. The other valid strings have training voices."""
@@ -184,7 +185,7 @@ def _make_shard(shard: Sequence[Utterance], writer: CorpusWriter, seed: int) -> 
 
 
 def prepare(corpus_dir: Path | None, data_dir: Path, *, seed: int, options: Options, num_jobs: int = 2) -> Prepared:
-    """Speak and write everything, and ``voices.json``. ``corpus_dir`` is not used; the result does not depend on ``num_jobs``.
+    """Speak and write everything, and ``voices.json``. ``corpus_dir`` is not used, ``num_jobs`` changes only the time.
 
     Raises UserError if espeak-ng is not installed.
     """

@@ -1,7 +1,8 @@
 """yesno: 60 recordings of one speaker who says eight words each, "yes" or "no" in Hebrew (OpenSLR 1, 8 kHz).
 
-The file name is the transcript: 1 is YES, 0 is NO. The split is lhotse's: of the sorted files every other one is test. Every fifth
-recording of the training half is valid; training uses the other 24, and recordings recombined from the words of those 24.
+The file name is the transcript: 1 is YES, 0 is NO. The split is lhotse's: of the sorted files every other one is test.
+Every fifth recording of the training half is valid; training uses the other 24, and recordings recombined from the
+words of those 24.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def download(dest: Path) -> Path:
 
 
 def _recordings(corpus_dir: Path | None) -> tuple[list[Path], list[Path]]:
-    """All 60 recordings sorted by name, and wav files of other names. The split hangs on the names: all must be there."""
+    """All 60 recordings sorted by name (the split hangs on it: all must be there), and wav files of other names."""
     place, wavs = find_wavs(corpus_dir, NAME, ("waves_yesno",), _EXPECTED)
     good = [path for path in wavs if _FILE_NAME.fullmatch(path.stem)]
     if len(good) != NUM_RECORDINGS:
@@ -71,7 +72,7 @@ def split_recordings(recordings: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def prepare(corpus_dir: Path | None, data_dir: Path, *, seed: int, options: Options, num_jobs: int = 2) -> Prepared:
-    """Write the three splits and the recombined recordings. ``num_jobs`` is accepted and not needed: it takes seconds."""
+    """Write the three splits and the recombined recordings. ``num_jobs`` is accepted and not needed."""
     recordings, strangers = _recordings(corpus_dir)
     writer = CorpusWriter(data_dir)
     for path in strangers:

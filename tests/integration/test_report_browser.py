@@ -38,7 +38,8 @@ def report(tmp_path: Path) -> Path:
     train_dir = tmp_path / "exp" / "train"
     train_dir.mkdir(parents=True)
     records = [{"kind": "start", "command": EVIL, "parameters": 1000, "device": "cpu"}]
-    records += [{"kind": "train", "step": s, "loss": 9.0 / s, "lr": 0.1, "grad_norm": 1.0, "time_s": s} for s in range(1, 99)]
+    step = {"kind": "train", "lr": 0.1, "grad_norm": 1.0}
+    records += [step | {"step": s, "loss": 9.0 / s, "time_s": s} for s in range(1, 99)]
     records += [{"kind": "bad_batch", "step": 7, "reason": EVIL, "cut_ids": [EVIL]}]
     (train_dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (train_dir / "config.yaml").write_text(f"name: 'run {EVIL}'\n")
@@ -63,12 +64,21 @@ def test_console_lines_and_blocked_requests_would_be_seen(report: Path, tmp_path
     assert "<title>pwned" not in dom  # the policy holds even where escaping would have failed
 
 
+def requests_of(page: Path, folder: Path) -> list[str]:
+    """Addresses that the browser asked for, without its own maker's and those on this machine's disk."""
+    log = folder / f"{page.stem}.json"
+    browse(page, folder / f"profile-{page.stem}", "--dump-dom", f"--log-net-log={log}")
+    found = re.findall(r'"url":"([^"]+)"', log.read_text(errors="replace"))
+    own = re.compile(r"^(file|data|chrome)|://[^/]*(google|gstatic|chrome)")
+    return [url for url in found if not own.search(url)]
+
+
 def test_asks_nobody_for_anything(report: Path, tmp_path: Path) -> None:
-    log = tmp_path / "net.json"
-    browse(report, tmp_path / "profile", "--dump-dom", f"--log-net-log={log}")
-    page_requests = [u for u in re.findall(r'"url":"([^"]+)"', log.read_text(errors="replace"))
-                     if not re.search(r"://[^/]*(google|gstatic|chrome)", u)]  # the browser's own  # fmt: skip
-    assert [u for u in page_requests if not u.startswith(("file:", "data:", "chrome"))] == []
+    assert requests_of(report, tmp_path) == []
+    asking = report.with_name("asking.html")
+    page = re.sub(r"<meta http-equiv[^>]*>", "", report.read_text(encoding="utf-8"))
+    asking.write_text(page.replace("</main>", '<img src="https://example.invalid/a.png"></main>'), encoding="utf-8")
+    assert "https://example.invalid/a.png" in requests_of(asking, tmp_path)
 
 
 def test_tooltip_follows_the_pointer(report: Path, tmp_path: Path) -> None:
@@ -91,7 +101,7 @@ def test_fits_the_screen(report: Path, tmp_path: Path, width: int) -> None:
     # A frame has the width that is asked for; a window of the browser may refuse to be as narrow as a phone.
     frame = report.with_name("frame.html")
     inner = report.with_name("inner.html")
-    tell = "<script>document.title = document.documentElement.scrollWidth;parent.postMessage(document.title, '*')</script>"
+    tell = "<script>parent.postMessage(document.documentElement.scrollWidth, '*')</script>"
     inner.write_text(page.replace("</body>", tell + "</body>"), encoding="utf-8")
     frame.write_text(
         f'<iframe src="inner.html" width="{width}" height="900" style="border:0"></iframe><p id="w"></p>'

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from asr.models.layers.dropout import Dropout
 from asr.models.layers.masks import attention_mask, length_mask
 from asr.models.layers.rotary import apply_rotary, rotary_tables
 from asr.models.layers.subsampling import ConvSubsampling, subsampled_lens
@@ -23,7 +24,7 @@ class ConformerConfig:
         num_heads: attention heads; divides dim, and dim / num_heads is even.
         ff_dim: inner size of each of the two feed-forward modules.
         conv_kernel: frames that the causal depthwise convolution sees.
-        subsampling_channels: channels of the two stride-2 convolutions.
+        subsampling_channels: channels of the second stride-2 convolution, even; the first has half as many.
         dropout: probability, in every residual branch.
         chunk_frames: chunk of the attention in encoder frames of 40 ms; 0 is full context.
         left_context_frames: encoder frames before the chunk that attention sees; -1 is unlimited.
@@ -57,7 +58,7 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.up = nn.Linear(dim, inner)
         self.down = nn.Linear(inner, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.down(F.silu(self.up(self.norm(x)))))
@@ -72,14 +73,14 @@ class SelfAttention(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         """mask [B, 1, T, T] bool or None; cos, sin [T, head_dim / 2]."""
         batch, frames, dim = x.shape
         qkv = self.qkv(self.norm(x)).view(batch, frames, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, attn_mask=mask)
+        q, k = apply_rotary(qkv[:, :, :2], cos, sin).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2), attn_mask=mask)
         return self.dropout(self.out(y.transpose(1, 2).reshape(batch, frames, dim)))
 
 
@@ -97,7 +98,7 @@ class ConvModule(nn.Module):
         self.depthwise = nn.Conv2d(dim, dim, (1, kernel), groups=dim)
         self.conv_norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.glu(self.gated(self.norm(x)), dim=-1)
@@ -119,10 +120,10 @@ class ConformerBlock(nn.Module):
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + 0.5 * self.ff1(x)
+        x = torch.add(x, self.ff1(x), alpha=0.5)
         x = x + self.attention(x, mask, cos, sin)
         x = x + self.conv(x)
-        x = x + 0.5 * self.ff2(x)
+        x = torch.add(x, self.ff2(x), alpha=0.5)
         return self.norm(x)
 
 
@@ -154,7 +155,7 @@ class Conformer(nn.Module):
         self.register_buffer("feature_mean", mean)
         self.register_buffer("feature_scale", scale)
         self.subsampling = ConvSubsampling(num_mel_bins, config.subsampling_channels, config.dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(ConformerBlock(config) for _ in range(config.num_layers))
 
     def forward(

@@ -25,7 +25,15 @@ def rotary_tables(start: int, length: int, head_dim: int, device: torch.device, 
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates pairs (i, i + head_dim / 2) of x [B, H, T, head_dim] by the tables [T, head_dim / 2]; same shape, dtype."""
+    """Rotates pairs (i, i + head_dim / 2) by the angles of their frame.
+
+    Args:
+        x: [B, T, N, H, head_dim], N projections (queries, keys) rotated alike.
+        cos, sin: [T, head_dim / 2].
+
+    Returns:
+        Same shape and dtype as x.
+    """
     first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    cos, sin = cos.to(x.dtype)[:, None, None], sin.to(x.dtype)[:, None, None]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

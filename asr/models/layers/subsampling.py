@@ -27,14 +27,14 @@ class ConvSubsampling(nn.Module):
 
     Args:
         num_mel_bins: F.
-        channels: channels of the two convolutions.
+        channels: channels of the second convolution; the first, at four times the frames and bins, has half as many.
         dim: model dim D.
     """
 
     def __init__(self, num_mel_bins: int, channels: int, dim: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(1, channels, 3, stride=2)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv1 = nn.Conv2d(1, channels // 2, 3, stride=2)
+        self.conv2 = nn.Conv2d(channels // 2, channels, 3, stride=2)
         self.out = nn.Linear(channels * subsampled_bins(num_mel_bins), dim)
         self.activation = nn.ReLU()
 

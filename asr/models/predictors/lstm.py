@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from asr.models.layers.dropout import Dropout
+
 
 class LstmState(NamedTuple):
     """hidden, cell: float [B, num_layers, P]; batch first, so that streams are selected alike for every predictor."""
@@ -21,7 +23,7 @@ class LstmPredictor(nn.Module):
     def __init__(self, vocab_size: int, dim: int, num_layers: int, dropout: float):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.lstm = nn.LSTM(dim, dim, num_layers, batch_first=True)
 
     def forward(self, targets: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from asr.models.layers.dropout import Dropout
+
 
 class StatelessState(NamedTuple):
     """context: int64 [B, context_size], oldest token first; -1 stands for no token."""
@@ -27,7 +29,7 @@ class StatelessPredictor(nn.Module):
         self.context_size = context_size
         self.embedding = nn.Embedding(vocab_size, dim)
         self.mix = nn.Linear(context_size * dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def _embed(self, context: Tensor) -> Tensor:
         """[..., context_size] int64 to [..., P]."""

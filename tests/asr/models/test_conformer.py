@@ -80,11 +80,12 @@ def test_left_context_hides_the_past() -> None:
 
 
 def test_rotary_scores_depend_on_relative_position_only() -> None:
-    q, k = torch.randn(1, 1, 6, 8, dtype=torch.float64), torch.randn(1, 1, 6, 8, dtype=torch.float64)
+    qk = torch.randn(1, 6, 2, 1, 8, dtype=torch.float64)
     scores = []
     for start in (0, 37):
         cos, sin = rotary_tables(start, 6, 8, torch.device("cpu"))
-        scores.append(apply_rotary(q, cos.double(), sin.double()) @ apply_rotary(k, cos.double(), sin.double()).transpose(-1, -2))
+        q, k = apply_rotary(qk, cos, sin)[0, :, :, 0].unbind(1)
+        scores.append(q @ k.T)
     torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=0)
 
 

@@ -1,0 +1,164 @@
+"""Cuts on disk, and which of them can be used."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from lhotse import CutSet, MonoCut
+from lhotse.serialization import deserialize_item
+
+from asr.data.audio import audio_problem
+from asr.data.augmentation import SAMPLE_RATE_HZ
+from asr.data.bad_rows import BadRow, report_bad_rows, write_bad_rows
+from asr.data.fbank import FeatureConfig, num_encoder_frames
+from asr.data.tokenizer import Tokenizer, UnknownToken
+from asr.errors import UserError
+
+__all__ = ["BadRow", "check_cuts", "load_cuts", "report_bad_rows", "save_cuts", "write_bad_rows"]
+
+
+def load_cuts(path: str | os.PathLike[str]) -> CutSet:
+    """Read a manifest of cuts, ``.jsonl`` or ``.jsonl.gz``, into memory.
+
+    Raises:
+        UserError: it is missing, empty, truncated, or a line is not a cut (the message names the line), or an id
+            comes twice.
+    """
+    path = Path(path)
+    cuts: list[MonoCut] = []
+    seen: dict[str, int] = {}
+    number = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                cut = _parse(line, path, number)
+                if cut.id in seen:
+                    raise UserError(f"{path}:{number}: id {cut.id!r} is in line {seen[cut.id]} too; ids must be unique")
+                seen[cut.id] = number
+                cuts.append(cut)
+    except FileNotFoundError as error:
+        raise UserError(f"manifest {path} does not exist; run the stage that writes it, or mend the path") from error
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}:{number + 1}: the manifest cannot be read: {error}") from error
+    if not cuts:
+        raise UserError(f"manifest {path} holds no cuts")
+    return CutSet.from_cuts(cuts)
+
+
+def save_cuts(cuts: CutSet | Iterable[MonoCut], path: str | os.PathLike[str]) -> None:
+    """Write a manifest of cuts, ``.jsonl`` or ``.jsonl.gz``; readers see the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
+    text = "".join(json.dumps(cut.to_dict(), ensure_ascii=False) + "\n" for cut in cuts)
+    try:
+        with open(partial, "wb") as file:
+            # without a time in the header equal cuts give equal bytes
+            file.write(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_cuts(
+    cuts: CutSet | Iterable[MonoCut],
+    tokenizer: Tokenizer | None,
+    config: FeatureConfig,
+    *,
+    min_frames: int = 1,
+    max_tokens_per_frame: float = 1.0,
+    source: str | os.PathLike[str] | None = None,
+    check_audio: bool = True,
+) -> tuple[CutSet, list[BadRow]]:
+    """Tell usable cuts from bad ones.
+
+    Args:
+        cuts: in the order of their manifest.
+        tokenizer: None leaves out the checks of tokens, for the time before it exists.
+        config: features; their length decides how many tokens fit.
+        min_frames: least number of encoder frames, tail included.
+        max_tokens_per_frame: how many tokens the topology allows per encoder frame; 1 for searches and devices that
+            emit at most one symbol per frame.
+        source: the manifest; bad rows then carry its name and line, and without it the audio file and line 0.
+        check_audio: look into the audio files too (wav: header and size; other formats are decoded).
+
+    Returns:
+        The good cuts in their order, and the bad rows. Reasons name the cut and its audio file.
+    """
+    good: list[MonoCut] = []
+    bad: list[BadRow] = []
+    for line, cut in enumerate(cuts, 1):
+        reason = _cut_problem(cut, check_audio)
+        if reason is None:
+            frames = num_encoder_frames(cut.num_samples, config)
+            reason = _text_problem(cut, tokenizer, frames, min_frames, max_tokens_per_frame)
+        if reason is None:
+            good.append(cut)
+            continue
+        audio = _audio_path(cut)
+        named = f"cut {cut.id}: {reason}" if audio is None or source is None else f"cut {cut.id} ({audio}): {reason}"
+        bad.append(BadRow(str(audio or cut.id), 0, named) if source is None else BadRow(str(source), line, named))
+    return CutSet.from_cuts(good), bad
+
+
+def _cut_problem(cut: MonoCut, check_audio: bool) -> str | None:
+    """What is wrong with the recording of a cut."""
+    if cut.recording is None:
+        return None if cut.features is not None else "it has neither a recording nor stored features"
+    if cut.sampling_rate != SAMPLE_RATE_HZ:
+        return f"audio is at {cut.sampling_rate} Hz; {SAMPLE_RATE_HZ} Hz are needed"
+    if cut.num_samples < 1:
+        return "it holds no samples"
+    path = _audio_path(cut)
+    if not check_audio or path is None:
+        return None
+    # speed changes the number of samples of the recording, but not of its file
+    return audio_problem(path, None if cut.recording.transforms else cut.recording.num_samples)
+
+
+def _text_problem(
+    cut: MonoCut, tokenizer: Tokenizer | None, frames: int, min_frames: int, max_tokens_per_frame: float
+) -> str | None:
+    """What is wrong with the transcript of a cut, or with its length for the audio."""
+    if len(cut.supervisions) != 1:
+        return f"it has {len(cut.supervisions)} transcripts; one is needed"
+    text = cut.supervisions[0].text or ""
+    if not text.strip():
+        return "the transcript is empty"
+    if frames < min_frames:
+        return f"{frames} encoder frames are fewer than the {min_frames} that are needed"
+    if tokenizer is None:
+        return None
+    try:
+        tokens = len(tokenizer.encode(text))
+    except UnknownToken as error:
+        return str(error)
+    if tokens > max_tokens_per_frame * frames:
+        allowed = int(max_tokens_per_frame * frames)
+        return f"{tokens} tokens are more than the {allowed} that {frames} encoder frames allow"
+    return None
+
+
+def _audio_path(cut: MonoCut) -> str | None:
+    """The file of a cut's audio, if it is a file."""
+    if cut.recording is None or not cut.recording.sources or cut.recording.sources[0].type != "file":
+        return None
+    return str(cut.recording.sources[0].source)
+
+
+def _parse(line: str, path: Path, number: int) -> MonoCut:
+    try:
+        cut = deserialize_item(json.loads(line))
+    except Exception as error:  # lhotse's constructors raise almost anything for a wrong field
+        raise UserError(f"{path}:{number}: this is not a cut ({type(error).__name__}: {error})") from error
+    if not isinstance(cut, MonoCut):
+        raise UserError(f"{path}:{number}: this is a {type(cut).__name__}; a MonoCut is needed")
+    return cut

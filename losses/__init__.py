@@ -2,8 +2,8 @@
 
     from losses import transducer_loss, rnnt_loss
 
-Both are exact, check what they are given, never read padding, and work on CPU and CUDA in float64, float32, bfloat16 and
-float16 (lattice in float64). `lattice_loss`, `occupancy` and `viterbi_alignment` work on blank and label log-probs.
+Both are exact, check what they are given, never read padding, and work on CPU and CUDA in float64, float32, bfloat16
+and float16 (lattice in float64). `lattice_loss`, `occupancy` and `viterbi_alignment` work on blank and label log-probs.
 """
 
 from losses.api import LOSSES, TransducerLossOptions, TransducerLossOutput, log_probs, rnnt_loss, transducer_loss

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from losses import batched, shapes
+from losses import backends, batched, shapes
 
-# name -> function(enc, pred, weight, bias, targets, lengths, *, activation, topology, blank, fastemit_lambda) -> loss [B]
+# name -> function(enc, pred, weight, bias, targets, lengths, *, activation, topology, blank, fastemit_lambda) -> loss
+# [B]
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "batched": batched.batched_loss,
 }
@@ -84,7 +85,8 @@ def transducer_loss(
 
     Args:
         enc: [B, T, J] encoder output, projected to the joiner; float64, float32, bfloat16 or float16.
-        pred: [B, U+1, J] predictor output, projected; row u has seen the first u tokens. dtype of enc (any under autocast).
+        pred: [B, U+1, J] predictor output, projected; row u has seen the first u tokens. dtype of enc (any under
+            autocast).
         weight: [V, J].  bias: [V] or None.
         targets: [B, U] int32 or int64, token ids in 0..V-1 other than blank; padded with anything.
         enc_lens: [B] int32 or int64, frames, 1..T.  target_lens: [B] int32 or int64, tokens, 0..U. Both on any device.
@@ -98,13 +100,15 @@ def transducer_loss(
         options: see TransducerLossOptions.
 
     Returns:
-        TransducerLossOutput. The loss is accumulated in float64; under autocast only the joiner's matrix product is cast.
+        TransducerLossOutput. The loss is accumulated in float64; under autocast only the joiner's matrix product is
+        cast.
 
-    Padding of every input may hold anything, NaN included, and gets a zero gradient. An utterance with non-finite values
-    within its lengths gets a non-finite loss, and no other does. B=0 gives 0.
+    Padding of every input may hold anything, NaN included, and gets a zero gradient. An utterance with non-finite
+    values within its lengths gets a non-finite loss, and no other does. B=0 gives 0.
 
     Raises:
-        ValueError: for wrong shapes, dtypes, devices, lengths, tokens or names; says which, the value, the limit, the remedy.
+        ValueError: for wrong shapes, dtypes, devices, lengths, tokens or names; says which, the value, the limit, the
+            remedy.
         RuntimeError: when the gradient is differentiated again.
     """
     shapes.check_choice("method", method, tuple(LOSSES))
@@ -114,7 +118,8 @@ def transducer_loss(
         raise ValueError(f"simple is not used by method {method!r}; pass simple=None")
     if memory_limit is not None:
         raise ValueError(
-            f"memory_limit={memory_limit!r} cannot be kept by method {method!r}; pass memory_limit=None and smaller batches"
+            f"memory_limit={memory_limit!r} cannot be kept by method {method!r}; "
+            "pass memory_limit=None and smaller batches"
         )
     lengths, blank = shapes.check_inputs(
         enc, pred, weight, bias, targets, enc_lens, target_lens, topology=topology, blank=blank
@@ -158,8 +163,8 @@ def rnnt_loss(
         fused_log_softmax: False when logits are log-probs already (log_softmax was called outside).
 
     Returns:
-        [B] for "none", else a scalar; float64 for float64 logits, else float32 (torchaudio: dtype of logits, so that float16
-        costs overflow at 65504).
+        [B] for "none", else a scalar; float64 for float64 logits, else float32 (torchaudio: dtype of logits, so that
+        float16 costs overflow at 65504).
 
     Differs from torchaudio where that refuses: the padding may be larger than the longest utterance, and B=0 works.
     Raises as `transducer_loss`.
@@ -182,5 +187,6 @@ def log_probs(
     float32; 0 in the padding. No gradient.
     """
     lengths, blank = shapes.check_logits(logits, targets, logit_lengths, target_lengths, blank=blank)
-    blank_lp, label_lp, _ = batched.cell_log_probs(logits, targets.long(), lengths, blank=blank)
+    kernels = backends.load("logits", None, logits.device, logits.dtype)
+    blank_lp, label_lp, _ = kernels.gather(logits.detach(), targets.long(), lengths, blank, True)
     return blank_lp, label_lp

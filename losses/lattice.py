@@ -1,17 +1,19 @@
 """The transducer lattice over blank and label log-probs: likelihood, gradients, occupancies, best path.
 
-Graves 2012, "Sequence Transduction with Recurrent Neural Networks": log P(targets) sums over all alignments (eq. 16-18), and
-the derivative of -log P by the log-prob of a transition is minus the probability that the alignment takes it (eq. 20).
+Graves 2012, "Sequence Transduction with Recurrent Neural Networks": log P(targets) sums over all alignments (eq.
+16-18), and the derivative of -log P by the log-prob of a transition is minus the probability that the alignment takes
+it (eq. 20).
 
 Topologies:
-    regular    label moves (t, u) -> (t, u+1), blank moves (t, u) -> (t+1, u); ends by blank from (T-1, U)   [Graves 2012]
+    regular    label moves (t, u) -> (t, u+1), blank moves (t, u) -> (t+1, u); ends by blank from (T-1, U) [Graves 2012]
     modified   label moves (t, u) -> (t+1, u+1), blank as above; one symbol or blank a frame, needs U <= T
                [monotonic RNN-T, Tripathi et al. 2019; `rnnt_type="modified"` of k2 and fast_rnnt]
 
-FastEmit (Yu et al. 2021, "FastEmit: Low-latency Streaming ASR with Sequence-level Emission Regularization"), eq. 14: the
-gradient by a label's log-prob is multiplied by 1 + lambda, that of blank is left. As in other implementations this is done
-to the occupancies, before the chain rule through log-softmax. The value is the plain -log P, so that losses at different
-lambda can be compared (NeMo returns (1 + lambda) times it); finite differences of the value hence do not give the gradient.
+FastEmit (Yu et al. 2021, "FastEmit: Low-latency Streaming ASR with Sequence-level Emission Regularization"), eq. 14:
+the gradient by a label's log-prob is multiplied by 1 + lambda, that of blank is left. As in other implementations this
+is done to the occupancies, before the chain rule through log-softmax. The value is the plain -log P, so that losses at
+different lambda can be compared (NeMo returns (1 + lambda) times it); finite differences of the value hence do not give
+the gradient.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ class Alignment(NamedTuple):
 class RefuseDoubleBackward(torch.autograd.Function):
     """Identity whose own backward raises. `inputs` tie it to all that the gradient depends on.
 
-    torch's once_differentiable raises only where the upstream gradient itself needs gradients; otherwise second derivatives
-    would come out as zero without a word.
+    torch's once_differentiable raises only where the upstream gradient itself needs gradients; otherwise second
+    derivatives would come out as zero without a word.
     """
 
     @staticmethod
@@ -67,15 +69,15 @@ def forward_backward(
     backend: str | None = None,
     occupancies: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Negative log-likelihood float64 [B] and the occupancies of blank [B, T, U+1] and label [B, T, U], outside of autograd.
+    """Negative log-likelihood float64 [B], occupancies of blank [B, T, U+1] and label [B, T, U]; outside of autograd.
 
     Inputs were checked. Half precision comes back as float32, other dtypes as they are.
     """
     dtype = torch.float64 if blank_log_probs.dtype == torch.float64 else torch.float32
     blank = blank_log_probs.detach().to(dtype).contiguous()
     label = label_log_probs.detach().to(dtype).contiguous()
-    run = backends.load(backends.choose(backend, blank.device))
-    return run(blank, label, lengths, topology == "modified", occupancies)
+    kernels = backends.load("lattice", backend, blank.device, dtype)
+    return kernels.forward_backward(blank, label, lengths, topology == "modified", occupancies)
 
 
 class _LatticeLoss(torch.autograd.Function):
@@ -95,8 +97,8 @@ class _LatticeLoss(torch.autograd.Function):
         blank, label, blank_occ, label_occ = ctx.saved_tensors
         with torch.no_grad():
             scale = -upstream[:, None, None]
-            # Cells of occupancy 0 stay at 0 when the upstream gradient of their utterance is not finite, so that padding
-            # has no gradient whatever happens.
+            # Cells of occupancy 0 stay at 0 when the upstream gradient of their utterance is not finite, so that
+            # padding has no gradient whatever happens.
             grads = [
                 torch.where(occ == 0, 0.0, occ * factor).to(source.dtype)
                 for source, occ, factor in (
@@ -132,8 +134,8 @@ def lattice_loss(
     Returns:
         [B], float64 for float64 input, else float32 (accumulated in float64). inf where no alignment has a probability.
 
-    Padding may hold anything, NaN included; its gradient is 0. Raises ValueError for wrong arguments; a second derivative
-    raises RuntimeError.
+    Padding may hold anything, NaN included; its gradient is 0. Raises ValueError for wrong arguments; a second
+    derivative raises RuntimeError.
     """
     lengths = check_lattice(blank_log_probs, label_log_probs, enc_lens, target_lens, topology=topology)
     return _LatticeLoss.apply(blank_log_probs, label_log_probs, lengths, topology, fastemit_lambda, backend)
@@ -161,7 +163,12 @@ def occupancy(
 
 @torch.no_grad()
 def viterbi_alignment(
-    blank_log_probs: Tensor, label_log_probs: Tensor, enc_lens: Tensor, target_lens: Tensor, *, topology: str = "regular"
+    blank_log_probs: Tensor,
+    label_log_probs: Tensor,
+    enc_lens: Tensor,
+    target_lens: Tensor,
+    *,
+    topology: str = "regular",
 ) -> Alignment:
     """The most probable alignment; arguments and errors as in `lattice_loss`. Of equal ones, the earlier emission.
 

@@ -83,11 +83,12 @@ def _check_lens(name: str, value: object, batch: int, low: int, high: int, sourc
     tensor = _check_tensor(name, value, "[B]", 1, INTEGERS)
     _check_size(name, tensor, 0, batch, "the batch size B")
     lens: list[int] = tensor.tolist()
+    remedy_below = "leave the utterance out" if low else "pass 0 or more"
     for i, n in enumerate(lens):
         if n > high:
             raise ValueError(f"{name}[{i}]={n} exceeds {source}={high}; {remedy}")
         if n < low:
-            raise ValueError(f"{name}[{i}]={n} is below {low}; {'leave the utterance out' if low else 'pass 0 or more'}")
+            raise ValueError(f"{name}[{i}]={n} is below {low}; {remedy_below}")
     return lens
 
 
@@ -112,7 +113,8 @@ def check_targets(targets: Tensor, target_lens: list[int], vocab_size: int, blan
     if token == blank:
         raise ValueError(f"targets[{i}, {u}]={token} is the blank id; pass targets without blank, or another blank")
     raise ValueError(
-        f"targets[{i}, {u}]={token} is outside of 0..{vocab_size - 1}; pass token ids below the vocabulary size {vocab_size}"
+        f"targets[{i}, {u}]={token} is outside of 0..{vocab_size - 1}; "
+        f"pass token ids below the vocabulary size {vocab_size}"
     )
 
 
@@ -213,11 +215,8 @@ def check_lattice(
     _check_size("label_log_probs", label_log_probs, 1, frames, "blank_log_probs.shape[1]")
     _check_size("label_log_probs", label_log_probs, 2, columns - 1, "blank_log_probs.shape[2]-1")
     _check_device("blank_log_probs", "label_log_probs", blank_log_probs, label_log_probs)
-    enc = _check_lens(
-        "enc_lens", enc_lens, batch, 1, frames, "blank_log_probs.shape[1]", "pass log-probs padded to the longest utterance"
-    )
-    target = _check_lens(
-        "target_lens", target_lens, batch, 0, columns - 1, "label_log_probs.shape[2]", "pass log-probs padded to [B, T, U]"
-    )
+    remedy = "pass log-probs padded to the longest utterance"
+    enc = _check_lens("enc_lens", enc_lens, batch, 1, frames, "blank_log_probs.shape[1]", remedy)
+    target = _check_lens("target_lens", target_lens, batch, 0, columns - 1, "label_log_probs.shape[2]", remedy)
     check_topology(topology, enc, target)
     return Lengths(enc, target)

@@ -52,7 +52,8 @@ class Stage:
     ``run(context)`` does the work. ``inputs`` are outputs of earlier stages. ``config_keys`` are dotted names into the
     settings; a leading ``!`` leaves a sub-tree out (``("train", "!train.num_workers")``). ``local_keys`` make only this
     stage run again; later ones follow only if its outputs change (the place of the corpus, checks). ``resume_dir`` is a
-    folder in which an interrupted run goes on; when the settings have changed it is renamed to ``<resume_dir>.old-N``.
+    folder in which an interrupted run goes on; when the settings have changed it is renamed to ``<resume_dir>.old-N``,
+    and with it ``results_dir``, what later stages found out about it.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Stage:
     config_keys: tuple[str, ...] = ()
     local_keys: tuple[str, ...] = ()
     resume_dir: str | None = None
-    help: str = ""
+    results_dir: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,13 +142,12 @@ def exists(path: Path) -> bool:
     return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
-def set_aside(folder: Path) -> Path:
-    """Renames ``folder`` to the first free ``<folder>.old-N`` and returns the new path: results are never deleted."""
+def set_aside(*folders: Path) -> list[Path]:
+    """Renames each folder to ``<folder>.old-N``, N free for all, and returns the new paths. Nothing is deleted."""
     number = 1
-    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+    while any(folder.with_name(f"{folder.name}.old-{number}").exists() for folder in folders):
         number += 1
-    folder.rename(target)
-    return target
+    return [folder.rename(folder.with_name(f"{folder.name}.old-{number}")) for folder in folders if folder.exists()]
 
 
 class Pipeline:
@@ -335,7 +335,9 @@ class Pipeline:
         results = {name: seen["result"] for name, seen in upstream.items()}
         started = {"hash": self.hashes[stage.name], "upstream": results}
         if folder.is_dir() and exists(folder) and (force or _read_json(started_path) != started):
-            print(f"stage {stage.name}: starts anew; the earlier run is kept in {set_aside(folder)}", flush=True)
+            kept = set_aside(folder, *([self.exp_dir / stage.results_dir] if stage.results_dir else []))
+            where = " and ".join(str(path) for path in kept)
+            print(f"stage {stage.name}: starts anew; the earlier run is kept in {where}", flush=True)
         write_atomic(started_path, json.dumps(started, indent=1) + "\n")
 
     def _failure(self, stage: Stage, error: Exception, go_on: str) -> StageFailed:

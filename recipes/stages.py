@@ -172,14 +172,14 @@ def run_decode(recipe: Recipe) -> None:
     cuts = recipe.cuts("test", features=True)
     loaded = load_for_decoding(recipe.path("train/average.pt"), recipe.device)
     for search in searches(recipe.experiment):
-        config = dataclasses.replace(
-            loaded.config, decoding=dataclasses.replace(recipe.experiment.decoding, search=search)
-        )
+        settings: dict[str, Any] = {"search": search}
+        decoding = dataclasses.replace(recipe.experiment.decoding, **settings)
+        config = dataclasses.replace(loaded.config, decoding=decoding)
         out = recipe.path(f"decode/{search}")
         report = decode_and_score(loaded.model, loaded.tokenizer, cuts, config, recipe.device, out, "test")
         worst = worst_cuts(cuts, report.results, EMISSION_PLOTS)
         write_emissions(out, "test", loaded.model, loaded.tokenizer, worst, config, recipe.device)
-        print(f"  {search}: {report.speed_line}", flush=True)
+        print(f"  {search}: {report.speed_line}; {report.score.interval_line}", flush=True)
     write_report(recipe.path("train"))
 
 
@@ -246,6 +246,7 @@ def stages(experiment: Experiment) -> list[Stage]:
             ),
             checks,
             resume_dir="train",
+            results_dir="decode",
         ),
         Stage(
             "average",

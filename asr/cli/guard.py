@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", _HelpFormatter)
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         words = list(sys.argv[1:] if args is None else args)
         # Misspelled options first: argparse would rather complain that the right spelling is missing.
         for word in words[: words.index("--")] if "--" in words else words:

@@ -24,7 +24,7 @@ COMMANDS = {
 def _usage() -> str:
     lines = ["usage: asr COMMAND [options]", "", "A speech transducer toolkit.", "", "commands:"]
     lines += [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
-    lines += ["", "`asr COMMAND --help` shows the options of a command."]
+    lines += ["", "`asr COMMAND --help` shows the options of a command, `asr --version` the version."]
     lines += ["`python -m recipes CORPUS` runs a whole recipe, from the download to the word error rate."]
     return "\n".join(lines)
 
@@ -35,13 +35,10 @@ def _run(argv: Sequence[str]) -> int:
         return 0
     name = argv[0]
     if name == "--version":
-        from importlib.metadata import PackageNotFoundError, packages_distributions, version
+        from asr import environment
 
-        owners = packages_distributions().get("asr", [])
-        try:
-            print(version(owners[0]) if owners else "not installed (run from a checkout)")
-        except PackageNotFoundError:
-            print("not installed (run from a checkout)")
+        own = environment.own_distribution()
+        print(environment.distribution_version(own) if own else "not installed, run from a checkout")
         return 0
     if name not in COMMANDS:
         raise UserError(f"unknown command {name}{nearest(name, COMMANDS)} (asr --help lists the commands)")

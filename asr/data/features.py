@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from lhotse import CutSet, Features, MonoCut
 
+from asr.data.audio import audio_problem
 from asr.data.augmentation import SAMPLE_RATE_HZ, AugmentConfig, augment_samples, expand_cuts
 from asr.data.bad_rows import BadRow
 from asr.data.fbank import (
@@ -85,6 +86,12 @@ def load_samples(cut: MonoCut) -> np.ndarray:
     source = cut.recording.sources[0].source
     if cut.sampling_rate != SAMPLE_RATE_HZ:
         raise UserError(f"cut {cut.id} ({source}) is at {cut.sampling_rate} Hz; resample it to {SAMPLE_RATE_HZ} Hz")
+    if cut.recording.sources[0].type == "file":
+        # lhotse fills up what a truncated file lacks with a mirror image of its end
+        expected = None if cut.recording.transforms else cut.recording.num_samples
+        problem = audio_problem(source, expected)
+        if problem is not None:
+            raise UserError(f"cannot use the audio of cut {cut.id} ({source}): {problem}")
     try:
         with single_threaded_torch() if cut.recording.transforms else nullcontext():
             samples = cut.load_audio()
@@ -92,6 +99,8 @@ def load_samples(cut: MonoCut) -> np.ndarray:
         raise UserError(f"cannot read the audio of cut {cut.id} ({source}): {first_line(error)}") from error
     if samples is None or samples.shape[0] != 1:
         raise UserError(f"cut {cut.id} ({source}) has more than one channel; features need one")
+    if samples.shape[1] != cut.num_samples:
+        raise UserError(f"cut {cut.id} ({source}) has {cut.num_samples} samples, {samples.shape[1]} could be read")
     return np.ascontiguousarray(samples[0], dtype=np.float32)
 
 
@@ -179,8 +188,8 @@ def compute_features(
             and test.
         seed: seed of the augmentation.
         num_jobs: processes; ``config.num_jobs`` by default. Few are used for little audio.
-        bad_rows: gets one entry per cut that could not be read, with the audio file as its file; such cuts are left
-            out. Without a list a warning is logged for each.
+        bad_rows: gets one entry per given cut that could not be read, with the audio file as its file; such cuts are
+            left out. Without a list a warning is logged for each.
 
     Returns:
         The cuts with their ``Features``, in the order given (all utterances at the first speed, at the second, ...).
@@ -206,7 +215,8 @@ def compute_features(
         )
         for number, first in enumerate(range(0, len(expanded), CUTS_PER_FILE))
     ]
-    found_bad: list[BadRow] = []
+    found_bad: dict[int, BadRow] = {}
+    num_bad = 0
     done: list[MonoCut] = []
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -215,20 +225,22 @@ def compute_features(
         for task, results in zip(tasks, _run_tasks(tasks, jobs), strict=True):
             for cut, result in zip(task.cuts, results, strict=True):
                 if isinstance(result, BadRow):
-                    found_bad.append(result)
+                    # a recording is bad once, however many speeds and copies were asked for
+                    found_bad.setdefault((len(done) + num_bad) % len(plain), result)
+                    num_bad += 1
                 else:
                     final = replace(result, storage_path=str(out_dir / Path(task.path).name))
                     done.append(replace(cut, features=final))
-            logger.info("features of %d of %d cuts in %s", len(done) + len(found_bad), len(expanded), out_dir)
+            logger.info("features of %d of %d cuts in %s", len(done) + num_bad, len(expanded), out_dir)
         if not done:
-            raise UserError(f"none of the {len(expanded)} cuts could be read; the first: {found_bad[0]}")
+            raise UserError(f"none of the {len(plain)} cuts could be read; the first: {found_bad[0]}")
         _replace_folder(partial, out_dir)
     except OSError as error:
         raise UserError(f"cannot write features to {out_dir}: {error.strerror or error}") from error
-    for row in found_bad:
+    for row in found_bad.values():
         logger.warning("left out: %s", row)
     if bad_rows is not None:
-        bad_rows.extend(found_bad)
+        bad_rows.extend(found_bad.values())
     return CutSet.from_cuts(done)
 
 
@@ -361,13 +373,13 @@ def compute_stats(cuts: CutSet | Iterable[MonoCut], config: FeatureConfig | None
 
     Args:
         cuts: with stored features; those of others are computed from their audio.
-        config: features, for cuts without stored ones.
+        config: features, for cuts without stored ones; stored ones have their own number of bins.
 
     Raises:
         UserError: there is no audio.
     """
     fbank = Fbank(config)
-    total = total_square = np.zeros(fbank.config.num_mel_bins, dtype=np.float64)
+    total = total_square = np.zeros(1)
     num_frames = 0
     for cut in cuts:
         values = load_stored_features(cut) if cut.features is not None else compute_cut_features(cut, fbank)

@@ -127,7 +127,7 @@ class BatchLoader(Iterable[Batch]):
                 except StopIteration:
                     return
                 except RuntimeError as error:
-                    raise _explain_dead_worker(error) from error
+                    raise explain_dead_worker(error) from error
                 yield _unwrap(item)
         finally:
             # the last reference: its destructor ends the workers now and not at some later collection
@@ -315,9 +315,14 @@ def plan_epoch(durations_s: Sequence[float], config: DataConfig, *, seed: int, e
             seed=epoch_seed,
             world_size=1,
             rank=0,
-            sync_buckets=False,
+            # without it the sampler may take an empty bucket for the end of the data and lose what is left in others
+            sync_buckets=True,
         )
-        return [[item.index for item in batch] for batch in sampler]
+        batches = [[item.index for item in batch] for batch in sampler]
+    if config.shuffle:
+        # the sampler visits buckets in the same order in every epoch and leaves all small batches for the end
+        random.Random(epoch_seed + 1).shuffle(batches)
+    return batches
 
 
 @dataclass
@@ -398,8 +403,12 @@ def _unwrap(item: Batch | _Failure) -> Batch:
     return item
 
 
-def _explain_dead_worker(error: RuntimeError) -> Exception:
-    """A clear line for a worker that was killed; any other error comes through with its traceback."""
+def explain_dead_worker(error: RuntimeError) -> Exception:
+    """A UserError of one line if torch reports a killed worker; otherwise the error itself.
+
+    torch raises it from a signal handler, so it may meet the main process anywhere; iterations translate it where it
+    meets them, and the code around a training loop can do the same.
+    """
     message = str(error)
     if "DataLoader worker" not in message or "Traceback" in message:
         return error

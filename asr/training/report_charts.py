@@ -34,8 +34,8 @@ class Series:
 class Chart:
     """Axes and what lies on them.
 
-    `marks` are (x, text) of events, drawn as red ticks at the upper edge. With `at_peaks` lines that are not dashed carry
-    their name at their greatest value instead of in the legend, and the tooltip leaves out those that are near zero.
+    `marks` are (x, text) of events, drawn as red ticks at the upper edge. With `at_peaks` lines that are not dashed
+    carry their name at their greatest value instead of in the legend, and the tooltip leaves out those near zero.
     """
 
     title: str
@@ -181,9 +181,9 @@ def _y_scale(chart: Chart, values: list[float]) -> _Scale:
     low, high = min(values), max(values)
     if chart.log_y:
         return _Scale(low / 1.08, high * 1.08, log=True)
-    margin = 0.06 * (high - low)
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     low = 0.0 if chart.zero and low >= 0 else low - margin
-    return _Scale(low, chart.y_max if chart.y_max is not None else (high + margin if high > low else low + 1))
+    return _Scale(low, chart.y_max if chart.y_max is not None else high + margin)
 
 
 def _digits(values: Sequence[float]) -> list[float | int | None]:

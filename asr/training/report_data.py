@@ -155,11 +155,19 @@ def read_wer_lines(decode_dir: Path) -> list[WerLine]:
 def _wer_line(path: Path) -> WerLine:
     score = json.loads(path.read_text(encoding="utf-8"))
     words, interval = score["words"], score["wer_95_percent_interval"]
-    counts = [int(words[key]) for key in ("errors", "ref_length", "insertions", "deletions", "substitutions")]
     return WerLine(
-        path.parent.name, path.stem.removeprefix("score-"), str(score["setting"]), str(score["line"]),
-        number(words["rate"]), *counts, (number(interval["low"]), number(interval["high"])),
-    )  # fmt: skip
+        search=path.parent.name,
+        test_set=path.stem.removeprefix("score-"),
+        setting=str(score["setting"]),
+        line=str(score["line"]),
+        wer=number(words["rate"]),
+        errors=int(words["errors"]),
+        words=int(words["ref_length"]),
+        insertions=int(words["insertions"]),
+        deletions=int(words["deletions"]),
+        substitutions=int(words["substitutions"]),
+        interval=(number(interval["low"]), number(interval["high"])),
+    )
 
 
 def read_worst(decode_dir: Path, search: str, test_set: str, count: int = 10) -> list[WorstUtterance]:

@@ -41,7 +41,7 @@ def duration(seconds: float) -> str:
 def header(title: str, metrics: Metrics, links: str) -> str:
     state, kind = _state(metrics)
     start = metrics.starts[-1] if metrics.starts else {}
-    last = metrics.train[-1] if metrics.train else {}
+    last = (metrics.train or metrics.valid or [{}])[-1]
     facts = [f"step {last['step']:,}"] if last else []
     facts += [f"epoch {last['epoch'] + 1}"] if isinstance(last.get("epoch"), int) else []
     facts += [str(start["device"])] if start.get("device") else []
@@ -105,9 +105,7 @@ def _tile(name: str, value: str, more: str, main: bool = False, raw: bool = Fals
 
 
 def _percent(rate: float) -> str:
-    if not math.isfinite(rate):
-        return "–"
-    return f"{100 * rate:.2f}%" if rate < 1 else f"{100 * rate:.1f}%"
+    return f"{100 * rate:.2f}%" if math.isfinite(rate) else "–"
 
 
 def _interval(line: WerLine) -> str:
@@ -244,8 +242,8 @@ def emission_charts(utterances: Sequence[dict[str, Any]], points: int) -> str:
         chart = Chart(title, series, x_label="seconds", zero=True, y_max=1.12, note=note, wide=True, at_peaks=True)
         out.append(line_chart(chart, points))
     lead = (
-        "When the model wants to emit each token of the reference, against blank (dashed). A token whose probability is "
-        "spread over frames stays below blank in all of them, and greedy search deletes it."
+        "When the model wants to emit each token of the reference, against blank (dashed). A token whose probability "
+        "is spread over frames stays below blank in all of them, and greedy search deletes it."
     )
     return f'<p class="lead">{lead}</p><div class="charts gapless">{"".join(out)}</div>' if out else ""
 

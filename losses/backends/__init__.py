@@ -1,68 +1,72 @@
 """Kernels per device. Autograd and the public API live elsewhere.
 
-A lattice backend is a module with one function:
+Common arguments: `lengths`, a checked losses.shapes.Lengths; padding may hold anything and is not read. All tensors are
+on one device and contiguous (logits may have any strides). Half precision is computed in float32.
+
+A lattice kernel module has one function:
 
     forward_backward(blank, label, lengths, modified, occupancies) -> (nll, blank_occ, label_occ)
-        blank [B, T, U+1], label [B, T, U]: log-probs, contiguous, float32 or float64, one device; padding may hold anything
-        lengths: losses.shapes.Lengths, already checked;  modified: topology with one symbol a frame
-        occupancies: False skips the second pass; both occupancies are then None
-        nll float64 [B] = -log P(targets);  blank_occ, label_occ: probability that the alignment takes the blank or label
-        transition of a cell, shape and dtype of blank and label; 0 in the padding and where below exp(LOG_FLOOR[dtype]).
-        Without a possible alignment nll is inf and the occupancies are NaN
+        blank [B, T, U+1], label [B, T, U]: log-probs, float32 or float64
+        modified: topology with one symbol a frame;  occupancies: False skips the second pass; both are then None
+        nll float64 [B] = -log P(targets), accumulated in float64;  blank_occ, label_occ: probability that the alignment
+        takes the blank or label transition of a cell, shape and dtype of blank and label; 0 in the padding and where
+        below exp(LOG_FLOOR[dtype]). Without a possible alignment nll is inf and the occupancies are NaN
+
+A logits kernel module has DTYPES, the dtypes of logits that it takes, and two functions:
+
+    gather(logits, targets, lengths, blank, normalize) -> (blank_lp, label_lp, normalizer)
+        logits [B, T, U+1, V], targets int64 [B, U];  float32, or float64 for float64 logits: log-probs of blank [B, T,
+        U+1] and next label [B, T, U], log-normaliser [B, T, U+1] or None with normalize=False; 0 in the padding
+    gradient(logits, targets, normalizer, blank_occ, label_occ, upstream, lengths, blank, clamp) -> gradient
+        shape and dtype of logits, 0 in the padding: (softmax * (blank_occ + label_occ) - blank_occ at blank - label_occ
+        at the next label), clamped to [-clamp, clamp] when clamp > 0, times upstream [B]. Without normalizer: no
+        softmax term. Entries below about GRADIENT_FLOOR times upstream are 0
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import Protocol
+from types import ModuleType
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from losses.shapes import Lengths, check_choice
+from losses.shapes import check_choice
 
-# name -> module; imported when first used, so that a machine without one backend's compiler can use another
-BACKENDS: dict[str, str] = {
-    "numba": "losses.backends.numba_lattice",  # CPU
-    "torch": "losses.backends.torch_lattice",  # any device
+# name -> module of each kind of kernel; imported when first used, so that a machine without the compiler of one backend
+# can use another
+BACKENDS: dict[str, dict[str, str]] = {
+    "numba": {"lattice": "losses.backends.numba_lattice", "logits": "losses.backends.numba_logits"},  # CPU
+    "torch": {"lattice": "losses.backends.torch_lattice", "logits": "losses.backends.torch_logits"},  # any device
 }
-# Rarer transitions mean nothing; they would only bring denormal numbers, which slow down what follows, into the gradients.
+
+# What is rarer or smaller means nothing, but would fill the gradients with denormal numbers, over which a matrix
+# product takes up to 150 times as long.
 LOG_FLOOR = {torch.float32: -57.0, torch.float64: -345.0}
-
-DEFAULT_BACKENDS = {"cpu": "numba"}  # other devices: torch
-
-
-class ForwardBackward(Protocol):
-    """The function of a lattice backend; see the head of this file."""
-
-    def __call__(
-        self, blank: Tensor, label: Tensor, lengths: Lengths, modified: bool, occupancies: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
+GRADIENT_FLOOR = {torch.float32: 1e-25, torch.float64: 1e-150}
 
 
-def choose(backend: str | None, device: torch.device) -> str:
-    """The name of the backend to use: as asked for, else the default of the device."""
+def load(
+    kind: Literal["lattice", "logits"], backend: str | None, device: torch.device, dtype: torch.dtype
+) -> ModuleType:
+    """The kernel module of a backend by name; None takes numba on CPU (float16 logits: torch) and torch elsewhere.
+
+    A backend that was asked for and cannot be used is an error: ValueError for a wrong name, device or dtype,
+    ImportError when it is not installed.
+    """
     if backend is None:
-        return DEFAULT_BACKENDS.get(device.type, "torch")
+        backend = "numba" if device.type == "cpu" and dtype != torch.float16 else "torch"
     check_choice("backend", backend, tuple(BACKENDS))
-    if backend == "numba" and device.type != "cpu":
-        raise ValueError(f"backend='numba' runs on cpu, the log-probs are on {device}; use backend='torch'")
-    return backend
-
-
-def load(backend: str) -> ForwardBackward:
-    """forward_backward of a backend by name. Raises ImportError with the remedy when its compiler is not installed."""
-    function: Callable = _module(backend).forward_backward
-    return function
-
-
-def _module(backend: str):
+    if backend == "numba" and (device.type != "cpu" or dtype == torch.float16):
+        raise ValueError(
+            f"backend='numba' runs on cpu and not in float16, the input is {dtype} on {device}; use 'torch'"
+        )
     try:
-        return importlib.import_module(BACKENDS[backend])
+        return importlib.import_module(BACKENDS[backend][kind])
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("losses"):
             raise
         raise ImportError(
-            f"backend {backend!r} needs {error.name}: pip install {error.name}, or pass backend='torch'", name=error.name
+            f"backend {backend!r} needs {error.name}: pip install {error.name}, or pass backend='torch'",
+            name=error.name,
         ) from error

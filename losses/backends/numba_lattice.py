@@ -1,33 +1,32 @@
 """Forward-backward of the transducer lattice on CPU: compiled loops over anti-diagonals, utterances over threads.
 
-Layout. All transitions of a topology lead from layer d to layer d + 1: d = t + u for "regular", d = t for "modified". With
-the log-probs copied to layers (row d holds the cells of layer d, indexed by u) both topologies have one recursion,
+Layout. All transitions of a topology lead from layer d to layer d + 1: d = t + u for "regular", d = t for "modified".
+With the log-probs copied to layers (row d holds the cells of layer d, indexed by u) both topologies have one recursion,
 
     beta[d, u] = logaddexp(blank[d, u] + beta[d+1, u], label[d, u] + beta[d+1, u+1])          (Graves 2012, eq. 18)
 
 whose inner loop over u has no dependency and is vectorised by the compiler; so that it can be, exp and log1p are short
 polynomials here and not library calls. Layer d holds the nodes lo(d) <= u <= hi(d) that lie on some complete path:
 lo(d) = max(0, d - span), hi(d) = min(U, d), with span = T - 1 and T + U layers (regular) or span = T - U and T layers
-(modified). Blank cannot be taken at the lower rim u = d - span, label cannot be taken at u = U, except that the last blank
-of "regular" leaves the lattice. Everything is accumulated in float64.
+(modified). Blank cannot be taken at the lower rim u = d - span, label cannot be taken at u = U, except that the last
+blank of "regular" leaves the lattice. Everything is accumulated in float64.
 """
+
+# Compiled code: an intrinsic is called without the context that its definition takes.
+# mypy: disable-error-code="call-arg, var-annotated"
 
 from __future__ import annotations
 
 import math
-import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
 from losses.backends import LOG_FLOOR
+from losses.backends.threads import jit, run_groups
 from losses.shapes import Lengths
 
 # Stands for log 0: finite, so that differences of two of them are not NaN. Sums of fewer than 1e20 of them stay finite.
@@ -41,18 +40,10 @@ LN2 = 0.6931471805599453
 ROUND = 6755399441055744.0  # 1.5 * 2**52: adding it leaves the nearest integer in the low bits
 
 
-def jit(function: Callable) -> Callable:
-    """Compile without the GIL; keep machine code on disk where a place for it can be written, else in memory only."""
-    try:
-        return njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})(function)
-    except RuntimeError:  # "cannot cache function: no locator available": a read-only install without a home
-        return njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
-
-
 @intrinsic
 def _double_from_bits(typing_context, bits):
     def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], ir.DoubleType())
+        return builder.bitcast(arguments[0], context.get_value_type(types.float64))
 
     return types.float64(types.int64), generate
 
@@ -60,7 +51,7 @@ def _double_from_bits(typing_context, bits):
 @intrinsic
 def _bits_of_double(typing_context, value):
     def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], ir.IntType(64))
+        return builder.bitcast(arguments[0], context.get_value_type(types.int64))
 
     return types.int64(types.float64), generate
 
@@ -186,7 +177,7 @@ def _alpha_step(blank, label, tokens, span, d, before, here):
 
 @jit
 def _occupancies(blank, label, beta, tokens, layers, span, shift, floor, blank_occ, label_occ):
-    """Probability of each transition, exp(alpha + log-prob + beta - log P); blank_occ and label_occ hold zeros before."""
+    """Probability of each transition, exp(alpha + log-prob + beta - log P), into arrays of zeros."""
     log_sum = np.nan if beta[0, 0] < 0.1 * LOG_ZERO else beta[0, 0]  # no path: no probabilities
     before = np.empty(tokens + 1)
     here = np.empty(tokens + 1)
@@ -236,14 +227,12 @@ def lattice_group(blank, label, enc_lens, target_lens, group, modified, floor, n
         log_sum = beta[0, 0]
         nll[b] = np.inf if log_sum < 0.1 * LOG_ZERO else -log_sum
         if occupancies:
-            _occupancies(
-                blank_rows, label_rows, beta, tokens, layers, span, shift, floor, blank_occ[b], label_occ[b]
-            )
+            _occupancies(blank_rows, label_rows, beta, tokens, layers, span, shift, floor, blank_occ[b], label_occ[b])
 
 
 @jit
 def viterbi_group(blank, label, enc_lens, target_lens, modified, frames_out, score):
-    """Best path of every utterance: frames_out[b, u] = frame of label u (the caller fills padding), score[b] its log-prob.
+    """Best path of every utterance: frames_out[b, u] is the frame of label u, score[b] the log-prob of the path.
 
     Of equally good paths the one that emits earlier is taken.
     """
@@ -275,42 +264,6 @@ def viterbi_group(blank, label, enc_lens, target_lens, modified, frames_out, sco
                 t += 1
 
 
-class _Threads:
-    """A thread pool that a forked child replaces by its own: the parent's threads do not exist there."""
-
-    def __init__(self) -> None:
-        self.reset()
-        os.register_at_fork(after_in_child=self.reset)
-
-    def reset(self) -> None:
-        self._lock = threading.Lock()  # a new one: the old one may have been held by another thread at the fork
-        self._pool: ThreadPoolExecutor | None = None
-
-    def submit(self, function: Callable, *arguments: object) -> Future | None:
-        """None when no thread can be started (interpreter shutdown): the caller then does the work itself."""
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="lattice")
-            try:
-                return self._pool.submit(function, *arguments)
-            except RuntimeError:
-                return None
-
-
-_threads = _Threads()
-
-
-def _balanced(cells: list[int], count: int) -> list[np.ndarray]:
-    """Indices of cells in `count` groups of about equal sums: largest first, each to the lightest group."""
-    groups: list[list[int]] = [[] for _ in range(count)]
-    loads = [0] * count
-    for i in sorted(range(len(cells)), key=lambda i: -cells[i]):
-        lightest = loads.index(min(loads))
-        groups[lightest].append(i)
-        loads[lightest] += cells[i]
-    return [np.array(g, dtype=np.int64) for g in groups if g]
-
-
 def forward_backward(
     blank: Tensor, label: Tensor, lengths: Lengths, modified: bool, occupancies: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -331,16 +284,7 @@ def forward_backward(
             blank_lp, label_lp, enc_lens, target_lens, group, modified, floor, nll, occupancies, blank_occ, label_occ
         )
 
-    cells = [t * (u + 1) for t, u in zip(lengths.enc, lengths.target, strict=True)]
-    threads = 1 if sum(cells) < SMALL_PROBLEM else max(1, min(batch, torch.get_num_threads()))
-    first, *others = _balanced(cells, threads) or [np.zeros(0, dtype=np.int64)]
-    started = [(_threads.submit(run, group), group) for group in others]
-    run(first)
-    for future, group in started:
-        if future is None:
-            run(group)
-        else:
-            future.result()
+    run_groups(run, [t * (u + 1) for t, u in zip(lengths.enc, lengths.target, strict=True)], SMALL_PROBLEM)
     if not occupancies:
         return torch.from_numpy(nll), None, None
     return torch.from_numpy(nll), torch.from_numpy(blank_occ), torch.from_numpy(label_occ)
@@ -352,8 +296,6 @@ def viterbi(blank: Tensor, label: Tensor, lengths: Lengths, modified: bool) -> t
     score = torch.zeros(blank.shape[0], dtype=torch.float64)
     enc_lens = np.array(lengths.enc, dtype=np.int64)
     target_lens = np.array(lengths.target, dtype=np.int64)
-    viterbi_group(
-        blank.numpy(), label.numpy(), enc_lens, target_lens, modified, frames.numpy(), score.numpy()
-    )
+    viterbi_group(blank.numpy(), label.numpy(), enc_lens, target_lens, modified, frames.numpy(), score.numpy())
     score[score < 0.1 * LOG_ZERO] = -math.inf
     return frames, score

@@ -1,8 +1,8 @@
 """Forward-backward of the transducer lattice in torch operations, on any device.
 
 All transitions lead from layer d to layer d + 1 (d = t + u for "regular", d = t for "modified"), so each step of the
-recursion is one operation over [B, U+1]; T + U (or T) steps. Cells outside of an utterance hold log-prob -inf and so carry
-nothing, whatever the padding held. Everything is accumulated in float64.
+recursion is one operation over [B, U+1]; T + U (or T) steps. Cells outside of an utterance hold log-prob -inf and so
+carry nothing, whatever the padding held. Everything is accumulated in float64.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from losses.shapes import Lengths
 
 
 def _layers(log_probs: Tensor, valid: Tensor, shift: int, layers: int) -> Tensor:
-    """[B, T, W] to [layers, B, W] float64: layer d holds the cells t = d - shift * u; -inf where there is no valid cell."""
+    """[B, T, W] to [layers, B, W] float64: layer d holds the cells t = d - shift * u, -inf where there is none."""
     batch, frames, width = log_probs.shape
     device = log_probs.device
     t = torch.arange(layers, device=device)[:, None] - shift * torch.arange(width, device=device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -73,7 +73,7 @@ class Corpus(Protocol):
         """The name on the command line."""
 
     @property
-    def Options(self) -> Callable[..., Any]:
+    def Options(self) -> type[Any]:
         """The dataclass of settings."""
 
     def download(self, dest: Path) -> Path:

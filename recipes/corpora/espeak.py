@@ -84,6 +84,9 @@ def _load(site: str) -> tuple[Any, int]:
     if rate <= 0:
         print(f"espeak_Initialize returned {rate} for {data}", file=sys.stderr)
         raise SystemExit(_MISSING)
+    if not hasattr(library, "espeak_ng_SetRandSeed"):
+        print("this build is older than 1.52 and cannot repeat its random numbers", file=sys.stderr)
+        raise SystemExit(_MISSING)
     return library, rate
 
 
@@ -107,6 +110,8 @@ def _main(site: str, job: str, result: str) -> None:
             for parameter, value in ((_RATE, request["rate"]), (_PITCH, request["pitch"]), (_RANGE, request["range"])):
                 library.espeak_SetParameter(parameter, value, 0)
             library.espeak_SetParameter(_VOLUME, _SAFE_VOLUME, 0)
+            # Breath of some variants is random noise, seeded with the time of day unless told otherwise.
+            library.espeak_ng_SetRandSeed(ctypes.c_long(1))
             text = request["text"].encode()
             chunks.clear()
             status = library.espeak_Synth(text, len(text) + 1, 0, 0, 0, _CHARS_UTF8, None, None)

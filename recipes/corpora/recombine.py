@@ -1,7 +1,7 @@
 """New recordings out of the words of old ones.
 
 A small set of recordings with fixed word order is soon known by heart. Cut at its pauses and put together in random
-order and number, its words teach the same sounds without the order. Every cut lies in the quietest place between two
+order and number, its words teach the same sounds without the order. Every cut lies in a quiet place between two
 words, so the pauses and the noise floor of the result are those of the recordings.
 """
 
@@ -63,7 +63,9 @@ def _cut_between(samples: np.ndarray, level: np.ndarray, floor: float, runs: lis
     first, last = max(runs[0][0] - margin, 0), min(runs[-1][1] + margin, len(level))
     faded = np.flatnonzero(level[first : runs[0][0]] < floor - QUIET_DB)  # the recorder may still be fading in
     first += int(faded[-1]) + 1 if len(faded) else 0
-    between = [end + int(np.argmin(level[end:start])) for (_, end), (start, _) in zip(runs, runs[1:], strict=False)]
+    # The quietest place of the middle half, so that both words keep some pause.
+    pauses = [(end, start, (start - end) // 4) for (_, end), (start, _) in zip(runs, runs[1:], strict=False)]
+    between = [end + quarter + int(np.argmin(level[end + quarter : start - quarter])) for end, start, quarter in pauses]
     cuts = [hop * place for place in [first, *between, last]]
     outside = [(0, first), (last, len(level))]
     quiet = []

@@ -68,8 +68,15 @@ class Recipe:
                 ("train/best.pt",),
                 ("train",),
                 resume_dir="train",
+                results_dir="decode",
             ),
-            Stage("decode", self._run("decode", "wer"), ("train/best.pt", "data/features"), ("wer",), ("search",)),
+            Stage(
+                "decode",
+                self._run("decode", "decode/wer"),
+                ("train/best.pt", "data/features"),
+                ("decode/wer",),
+                ("search",),
+            ),
         ]
 
     def pipeline(self) -> Pipeline:
@@ -367,13 +374,11 @@ def test_every_new_training_keeps_all_old_ones(recipe: Recipe) -> None:
         recipe.settings["train"]["lr"] = lr
         recipe.content["train"] = f"weights {lr}"
         recipe.go()
+        (recipe.exp_dir / "decode" / "wer").write_text(f"result {lr}")
     recipe.go("train", "train", force=True)
-    texts = {path.name: (path / "best.pt").read_text() for path in recipe.exp_dir.glob("train.old-*")}
-    assert texts == {
-        "train.old-1": "weights 0.1",
-        "train.old-2": "weights 0.2",
-        "train.old-3": "weights 0.3",
-    }
+    for number, lr in enumerate((0.1, 0.2, 0.3), 1):
+        assert (recipe.exp_dir / f"train.old-{number}" / "best.pt").read_text() == f"weights {lr}"
+        assert (recipe.exp_dir / f"decode.old-{number}" / "wer").read_text() == f"result {lr}"
 
 
 def test_a_training_folder_of_unknown_origin_is_kept(recipe: Recipe) -> None:
@@ -384,8 +389,10 @@ def test_a_training_folder_of_unknown_origin_is_kept(recipe: Recipe) -> None:
 
 
 def test_a_second_run_in_the_same_folder_is_refused(recipe: Recipe) -> None:
-    recipe.hooks["features"] = lambda: other.go("0", "0")
-    other = Recipe(recipe.exp_dir)
+    def second_run() -> None:
+        Recipe(recipe.exp_dir).go("0", "0")
+
+    recipe.hooks["features"] = second_run
     with pytest.raises(StageFailed, match=r"another run \(process \d+\) is working in"):
         recipe.go()
     del recipe.hooks["features"]
@@ -441,10 +448,13 @@ def test_an_empty_folder_is_no_output_but_an_empty_file_is(tmp_path: Path) -> No
     assert not exists(tmp_path / "folder") and not exists(tmp_path / "none") and exists(tmp_path / "file")
 
 
-def test_set_aside_takes_the_first_free_number(tmp_path: Path) -> None:
-    for expected in ("train.old-1", "train.old-2"):
+def test_set_aside_takes_the_first_number_that_is_free_for_all(tmp_path: Path) -> None:
+    (tmp_path / "decode.old-2").mkdir()
+    for expected in (["train.old-1"], ["train.old-3"], ["train.old-4", "decode.old-4"]):
         (tmp_path / "train").mkdir()
-        assert set_aside(tmp_path / "train").name == expected
+        if len(expected) == 2:
+            (tmp_path / "decode").mkdir()
+        assert [path.name for path in set_aside(tmp_path / "train", tmp_path / "decode")] == expected
 
 
 def test_inputs_that_no_earlier_stage_makes_are_refused(tmp_path: Path) -> None:

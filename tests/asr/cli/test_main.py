@@ -25,6 +25,19 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert f"usage: asr {name}" in capsys.readouterr().out
 
 
+def test_presets_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets"]) == 0
+    rows = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]}
+    assert list(rows) == ["xs", "s", "m", "l", "xl", "xxl"]
+    for name, millions in {"xs": 0.3, "l": 30.9, "xxl": 118.0}.items():
+        assert int(rows[name].replace(",", "")) / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
 def test_help_does_not_load_torch() -> None:
     code = "import sys; from asr.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

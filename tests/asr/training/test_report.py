@@ -265,6 +265,7 @@ def test_the_report_is_replaced_in_one_step(exp_dir: Path) -> None:
 
 def test_pictures_are_embedded(exp_dir: Path) -> None:
     (exp_dir / "decode" / "greedy" / "emission_posteriors.png").write_bytes(b"\x89PNG\r\n")
+    (exp_dir / "decode" / "greedy" / "emissions-test-1.png").write_bytes(b"\x89PNG\r\n")  # drawn from the JSON file
     page = page_of(exp_dir)
     assert [a["src"] for t, a in page.elements if t == "img"] == ["data:image/png;base64,iVBORw0K"]
     assert "Emission posteriors (greedy)" in page.text

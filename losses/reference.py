@@ -1,0 +1,196 @@
+"""The truth for tests and benchmarks: transducer loss and every gradient in float64 by plain loops.
+
+Slow on purpose, and independent of the rest of the package: numpy arrays and Python floats, no torch, no shared code,
+each line as in the papers. Equations are those of Graves 2012 (16: alpha, 18: beta, 20: gradient by the transition
+log-probs).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+class Arc(NamedTuple):
+    """A transition of the lattice: from node (t, u) to node (to_t, to_u), emitting blank or the label targets[u]."""
+
+    t: int
+    u: int
+    to_t: int
+    to_u: int
+    is_label: bool
+
+
+class JointGradients(NamedTuple):
+    """Gradients of sum(upstream * nll) of a batch; zero in the padding."""
+
+    nll: Array  # [B]
+    enc: Array  # [B, T, J]
+    pred: Array  # [B, U+1, J]
+    weight: Array  # [V, J]
+    bias: Array  # [V]
+
+
+def log_add(a: float, b: float) -> float:
+    """log(exp(a) + exp(b))."""
+    if a == -math.inf:
+        return b
+    if b == -math.inf:
+        return a
+    return max(a, b) + math.log1p(math.exp(-abs(a - b)))
+
+
+def arcs(frames: int, tokens: int, topology: str) -> Iterator[Arc]:
+    """Transitions in an order in which every node is complete before it is left. Start (0, 0), end (frames, tokens).
+
+    regular: label keeps the frame, and the end is reached by a blank from (frames - 1, tokens). modified: label also
+    takes the frame.
+    """
+    step = {"regular": 0, "modified": 1}[topology]
+    for t in range(frames):
+        for u in range(tokens + 1):
+            yield Arc(t, u, t + 1, u, False)
+            if u < tokens:
+                yield Arc(t, u, t + step, u + 1, True)
+
+
+def lattice(blank: Array, label: Array, topology: str = "regular") -> tuple[float, Array, Array]:
+    """-log P and the occupancies of one utterance from its log-probs of blank [T, U+1] and next label [T, U]."""
+    frames, columns = blank.shape
+    path = list(arcs(frames, columns - 1, topology))
+    alpha = np.full((frames + 1, columns), -math.inf)
+    beta = np.full((frames + 1, columns), -math.inf)
+    alpha[0, 0] = 0.0
+    beta[frames, columns - 1] = 0.0
+    # No arc leaves the nodes (frames, u < U), so that the last blank counts from u = U only.
+    for arc in path:
+        lp = label[arc.t, arc.u] if arc.is_label else blank[arc.t, arc.u]
+        alpha[arc.to_t, arc.to_u] = log_add(alpha[arc.to_t, arc.to_u], alpha[arc.t, arc.u] + lp)
+    for arc in reversed(path):
+        lp = label[arc.t, arc.u] if arc.is_label else blank[arc.t, arc.u]
+        beta[arc.t, arc.u] = log_add(beta[arc.t, arc.u], beta[arc.to_t, arc.to_u] + lp)
+    log_sum = float(alpha[frames, columns - 1])
+    blank_occ, label_occ = np.zeros(blank.shape), np.zeros(label.shape)
+    for arc in path:
+        lp, occ = (label, label_occ) if arc.is_label else (blank, blank_occ)
+        occ[arc.t, arc.u] = math.exp(alpha[arc.t, arc.u] + lp[arc.t, arc.u] + beta[arc.to_t, arc.to_u] - log_sum)
+    return -log_sum, blank_occ, label_occ
+
+
+def log_softmax(logits: Array) -> Array:
+    """Log-softmax of one cell's logits [V]."""
+    high = float(logits.max())
+    return logits - (high + math.log(sum(math.exp(x - high) for x in logits)))
+
+
+def logits_loss(
+    logits: Array,
+    targets: list[int],
+    *,
+    blank: int = 0,
+    topology: str = "regular",
+    fastemit_lambda: float = 0.0,
+    clamp: float = 0.0,
+    normalize: bool = True,
+) -> tuple[float, Array]:
+    """-log P of one utterance and its gradient by the logits [T, U+1, V], len(targets) = U.
+
+    fastemit_lambda: label occupancies times 1 + lambda in the gradient, value unchanged (Yu et al. 2021, eq. 14).
+    clamp > 0: every entry of the gradient limited to [-clamp, clamp]. normalize=False: logits are log-probs.
+    """
+    frames, columns, vocab_size = logits.shape
+    tokens = len(targets)
+    log_probs = np.array(logits, dtype=np.float64)
+    if normalize:
+        for t in range(frames):
+            for u in range(columns):
+                log_probs[t, u] = log_softmax(log_probs[t, u])
+    blank_lp = log_probs[:, :, blank]
+    label_lp = np.array([[log_probs[t, u, targets[u]] for u in range(tokens)] for t in range(frames)])
+    nll, blank_occ, label_occ = lattice(blank_lp, label_lp.reshape(frames, tokens), topology)
+    gradient = np.zeros(log_probs.shape)
+    for t in range(frames):
+        for u in range(columns):
+            by_log_prob = np.zeros(vocab_size)
+            by_log_prob[blank] -= blank_occ[t, u]
+            if u < tokens:
+                by_log_prob[targets[u]] -= (1.0 + fastemit_lambda) * label_occ[t, u]
+            gradient[t, u] = by_log_prob
+            if normalize:  # chain rule of log-softmax
+                gradient[t, u] -= np.exp(log_probs[t, u]) * by_log_prob.sum()
+    if clamp > 0:
+        gradient = np.clip(gradient, -clamp, clamp)
+    return nll, gradient
+
+
+def joint_loss(
+    enc: Array,
+    pred: Array,
+    weight: Array,
+    bias: Array | None,
+    targets: NDArray[np.int64],
+    enc_lens: list[int],
+    target_lens: list[int],
+    *,
+    upstream: Array,
+    activation: str = "tanh",
+    topology: str = "regular",
+    blank: int = 0,
+    fastemit_lambda: float = 0.0,
+) -> JointGradients:
+    """A batch through the joiner activation(enc[t] + pred[u]) @ weight.T + bias; gradients of sum(upstream * nll)."""
+    batch = enc.shape[0]
+    result = JointGradients(
+        np.zeros(batch), np.zeros(enc.shape), np.zeros(pred.shape), np.zeros(weight.shape), np.zeros(weight.shape[0])
+    )
+    for b in range(batch):
+        frames, columns = enc_lens[b], target_lens[b] + 1
+        hidden = np.zeros((frames, columns, weight.shape[1]))
+        logits = np.zeros((frames, columns, weight.shape[0]))
+        for t in range(frames):
+            for u in range(columns):
+                x = enc[b, t] + pred[b, u]
+                hidden[t, u] = np.tanh(x) if activation == "tanh" else np.maximum(x, 0.0)
+                logits[t, u] = weight @ hidden[t, u] + (0.0 if bias is None else bias)
+        labels = [int(y) for y in targets[b, : columns - 1]]
+        result.nll[b], gradient = logits_loss(
+            logits, labels, blank=blank, topology=topology, fastemit_lambda=fastemit_lambda
+        )
+        for t in range(frames):
+            for u in range(columns):
+                by_logits = upstream[b] * gradient[t, u]
+                result.bias[:] += by_logits
+                result.weight[:] += np.outer(by_logits, hidden[t, u])
+                slope = 1.0 - hidden[t, u] ** 2 if activation == "tanh" else (hidden[t, u] > 0).astype(np.float64)
+                by_input = (by_logits @ weight) * slope
+                result.enc[b, t] += by_input
+                result.pred[b, u] += by_input
+    return result
+
+
+def best_alignment(blank: Array, label: Array, topology: str = "regular") -> tuple[float, list[int]]:
+    """Log-prob of the best alignment of one utterance and the frame of each label, by trying all alignments.
+
+    Of equally good ones, the one that emits earlier. Exponential in the sizes: for a handful of frames and tokens.
+    """
+    frames, columns = blank.shape
+    step = {"regular": 0, "modified": 1}[topology]
+
+    def best(t: int, u: int) -> tuple[float, list[int]]:
+        if t == frames:
+            return (0.0 if u == columns - 1 else -math.inf), []
+        score, emitted = best(t + 1, u)
+        choice = score + float(blank[t, u]), emitted
+        if u < columns - 1:
+            score, emitted = best(t + step, u + 1)
+            move = score + float(label[t, u]), [t, *emitted]
+            choice = move if move[0] >= choice[0] else choice
+        return choice
+
+    return best(0, 0)

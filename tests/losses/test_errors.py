@@ -1,0 +1,168 @@
+"""Wrong arguments: one ValueError that names the argument, the value, the limit and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from losses import TransducerLossOptions, lattice_loss, rnnt_loss, transducer_loss
+
+B, T, U, V, J = 4, 10, 6, 7, 5
+
+
+def joint() -> dict[str, Any]:
+    """Good arguments of transducer_loss."""
+    return {
+        "enc": torch.zeros(B, T, J),
+        "pred": torch.zeros(B, U + 1, J),
+        "weight": torch.zeros(V, J),
+        "bias": torch.zeros(V),
+        "targets": torch.ones(B, U, dtype=torch.int64),
+        "enc_lens": torch.full((B,), T),
+        "target_lens": torch.full((B,), U),
+    }
+
+
+def changed(name: str, index: Any, value: float) -> Callable[[dict[str, Any]], None]:
+    def change(arguments: dict[str, Any]) -> None:
+        arguments[name][index] = value
+
+    return change
+
+
+def replaced(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda arguments: arguments.update(values)
+
+
+JOINT = [
+    (changed("target_lens", 3, 9), r"^target_lens\[3\]=9 exceeds targets\.shape\[1\]=6; pass targets padded to \[B, U\]$"),
+    (changed("target_lens", 1, -2), r"target_lens\[1\]=-2 is below 0; pass 0 or more"),
+    (changed("enc_lens", 2, 11), r"enc_lens\[2\]=11 exceeds enc\.shape\[1\]=10; pass enc padded to the longest"),
+    (changed("enc_lens", 0, 0), r"enc_lens\[0\]=0 is below 1; leave the utterance out"),
+    (changed("targets", (1, 2), 0), r"targets\[1, 2\]=0 is the blank id"),
+    (changed("targets", (1, 2), 7), r"targets\[1, 2\]=7 is outside of 0\.\.6; pass token ids below the vocabulary size 7"),
+    (changed("targets", (0, 5), -1), r"targets\[0, 5\]=-1 is outside of 0\.\.6"),
+    (replaced(enc=[1.0]), r"enc is a list; pass a torch\.Tensor of shape \[B, T, J\]"),
+    (replaced(enc=torch.zeros(T, J)), r"enc has shape \[10, 5\]; pass enc of shape \[B, T, J\]"),
+    (replaced(enc=torch.zeros(B, T, J, dtype=torch.int64)), r"enc is int64; pass one of: float64, float32"),
+    (replaced(pred=torch.zeros(B, U, J)), r"pred\.shape\[1\]=6 differs from targets\.shape\[1\]\+1=7"),
+    (replaced(pred=torch.zeros(B, U + 1, 3)), r"pred\.shape\[2\]=3 differs from enc\.shape\[2\]=5"),
+    (replaced(pred=torch.zeros(2, U + 1, J)), r"pred\.shape\[0\]=2 differs from enc\.shape\[0\]=4"),
+    (replaced(pred=torch.zeros(B, U + 1, J).double()), r"pred is float64 but enc is float32; cast pred"),
+    (replaced(pred=torch.zeros(B, U + 1, J, device="meta")), r"pred is on meta but enc is on cpu"),
+    (replaced(weight=torch.zeros(V, 4)), r"weight\.shape\[1\]=4 differs from enc\.shape\[2\]=5"),
+    (replaced(weight=torch.zeros(V)), r"weight has shape \[7\]; pass weight of shape \[V, J\]"),
+    (replaced(bias=torch.zeros(3)), r"bias\.shape\[0\]=3 differs from weight\.shape\[0\]=7"),
+    (replaced(bias=torch.zeros(V).half()), r"bias is float16 but enc is float32"),
+    (replaced(targets=torch.ones(B, U)), r"targets is float32; pass one of: int32, int64"),
+    (replaced(targets=torch.ones(3, U, dtype=torch.int64)), r"targets\.shape\[0\]=3 differs from enc\.shape\[0\]=4"),
+    (replaced(targets=torch.ones(B * U, dtype=torch.int64)), r"targets has shape \[24\]; pass targets of shape \[B, U\]"),
+    (replaced(targets=torch.ones(B, U, dtype=torch.int64, device="meta")), r"targets is on meta but enc is on cpu"),
+    (replaced(enc_lens=torch.full((B,), 2.0)), r"enc_lens is float32; pass one of: int32, int64"),
+    (replaced(enc_lens=[T] * B), r"enc_lens is a list; pass a torch\.Tensor of shape \[B\]"),
+    (replaced(enc_lens=torch.full((3,), T)), r"enc_lens\.shape\[0\]=3 differs from the batch size B=4"),
+    (replaced(target_lens=torch.full((B, 1), U)), r"target_lens has shape \[4, 1\]; pass target_lens of shape \[B\]"),
+    (replaced(blank=7), r"blank=7 is not a token id; pass an int from -7 to 6"),
+    (replaced(blank=1.5), r"blank=1\.5 is not a token id"),
+    (replaced(blank=-6), r"targets\[0, 0\]=1 is the blank id"),
+    (replaced(method="exact"), r"method='exact' does not exist; choose one of: batched"),
+    (replaced(activation="gelu"), r"activation='gelu' does not exist; choose one of: tanh, relu"),
+    (replaced(topology="constrained"), r"topology='constrained' does not exist; choose one of: regular, modified"),
+    (replaced(reduction="max"), r"reduction='max' does not exist; choose one of: none, sum, mean, mean-per-token"),
+    (replaced(topology="modified", enc_lens=torch.tensor([10, 10, 5, 10])), r"target_lens\[2\]=6 exceeds enc_lens\[2\]=5: "
+     r"topology 'modified' emits at most one token a frame"),
+    (replaced(simple=(torch.zeros(1), torch.zeros(1))), r"simple is not used by method 'batched'"),
+    (replaced(memory_limit="1GiB"), r"memory_limit='1GiB' cannot be kept by method 'batched'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), JOINT, ids=[m[:40] for _, m in JOINT])
+def test_transducer_loss(change: Callable[[dict[str, Any]], None], message: str) -> None:
+    arguments = joint()
+    assert transducer_loss(**arguments).loss.isfinite()
+    change(arguments)
+    with pytest.raises(ValueError, match=message):
+        transducer_loss(**arguments)
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_fastemit_lambda(value: float) -> None:
+    with pytest.raises(ValueError, match="fastemit_lambda=.* is not a number from 0 up"):
+        TransducerLossOptions(fastemit_lambda=value)
+
+
+def logits() -> dict[str, Any]:
+    return {
+        "logits": torch.zeros(B, T, U + 1, V),
+        "targets": torch.ones(B, U, dtype=torch.int32),
+        "logit_lengths": torch.full((B,), T, dtype=torch.int32),
+        "target_lengths": torch.full((B,), U, dtype=torch.int32),
+    }
+
+
+LOGITS = [
+    (changed("logit_lengths", 1, 12), r"logit_lengths\[1\]=12 exceeds logits\.shape\[1\]=10"),
+    (changed("target_lengths", 1, 7), r"target_lengths\[1\]=7 exceeds targets\.shape\[1\]=6"),
+    (changed("targets", (2, 0), 6), r"targets\[2, 0\]=6 is the blank id"),
+    (replaced(logits=torch.zeros(B, T, V)), r"logits has shape \[4, 10, 7\]; pass logits of shape \[B, T, U\+1, V\]"),
+    (replaced(logits=torch.zeros(B, T, U, V)), r"logits\.shape\[2\]=6 differs from targets\.shape\[1\]\+1=7"),
+    (
+        replaced(reduction="mean-per-token"),
+        r"reduction='mean-per-token' does not exist; choose one of: none, mean, sum",
+    ),
+    (replaced(blank=-8), r"blank=-8 is not a token id"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), LOGITS, ids=[m[:40] for _, m in LOGITS])
+def test_rnnt_loss(change: Callable[[dict[str, Any]], None], message: str) -> None:
+    arguments = logits()
+    assert rnnt_loss(**arguments).isfinite()
+    change(arguments)
+    with pytest.raises(ValueError, match=message):
+        rnnt_loss(**arguments)
+
+
+def log_probs() -> dict[str, Any]:
+    return {
+        "blank_log_probs": torch.zeros(B, T, U + 1),
+        "label_log_probs": torch.zeros(B, T, U),
+        "enc_lens": torch.full((B,), T),
+        "target_lens": torch.full((B,), U),
+    }
+
+
+LATTICE = [
+    (replaced(label_log_probs=torch.zeros(B, T, U + 1)), r"label_log_probs\.shape\[2\]=7 differs from blank_.*-1=6"),
+    (replaced(label_log_probs=torch.zeros(B, 3, U)), r"label_log_probs\.shape\[1\]=3 differs from"),
+    (changed("enc_lens", 0, 99), r"enc_lens\[0\]=99 exceeds blank_log_probs\.shape\[1\]=10"),
+    (changed("target_lens", 0, 99), r"target_lens\[0\]=99 exceeds label_log_probs\.shape\[2\]=6"),
+    (replaced(backend="cuda"), r"backend='cuda' does not exist; choose one of: numba, torch"),
+    (replaced(topology="looped"), r"topology='looped' does not exist"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), LATTICE, ids=[m[:40] for _, m in LATTICE])
+def test_lattice_loss(change: Callable[[dict[str, Any]], None], message: str) -> None:
+    arguments = log_probs()
+    assert lattice_loss(**arguments).isfinite().all()
+    change(arguments)
+    with pytest.raises(ValueError, match=message):
+        lattice_loss(**arguments)
+
+
+def test_autocast_allows_mixed_dtypes() -> None:
+    arguments = joint()
+    arguments["enc"] = arguments["enc"].bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert transducer_loss(**arguments).loss.isfinite()
+
+
+def test_padding_of_targets_is_not_checked() -> None:
+    arguments = joint()
+    arguments["target_lens"][:] = 3
+    arguments["targets"][:, 3:] = -100
+    assert transducer_loss(**arguments).loss.isfinite()

@@ -1,0 +1,215 @@
+"""transducer_loss, every method, against the reference: loss and the gradients of encoder, predictor, weight and bias."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from losses import LOSSES, TransducerLossOptions, transducer_loss
+from tests.losses.problems import CASES, assert_close, make
+from tests.losses.test_lattice import second_derivatives
+
+each_method = pytest.mark.parametrize("method", list(LOSSES))
+each_case = pytest.mark.parametrize(("topology", "name"), CASES)
+
+
+@each_method
+@each_case
+@pytest.mark.parametrize(("activation", "blank"), [("tanh", 0), ("relu", -1), ("tanh", 4)])
+def test_loss_and_gradients_equal_the_reference(
+    topology: str, name: str, activation: str, blank: int, method: str
+) -> None:
+    """Ragged lengths, NaN padding, and another weight for each utterance."""
+    problem = make(topology, name, blank=blank)
+    output = transducer_loss(
+        *problem.arguments(), method=method, activation=activation, topology=topology, blank=blank, reduction="none"
+    )
+    expected = problem.expected(activation=activation)
+    (output.loss * problem.upstream).sum().backward()
+    assert_close(output.loss, expected.nll)
+    for tensor, gradient in zip(problem.parameters, expected[1:], strict=True):
+        assert_close(tensor.grad, gradient)
+    for tensor in (problem.enc, problem.pred):
+        assert not tensor.grad[tensor.isnan()].any()
+
+
+@each_method
+def test_reductions(method: str) -> None:
+    problem = make("regular", "ragged")
+    none, total, mean, token = (
+        transducer_loss(*problem.arguments(), method=method, reduction=r).loss
+        for r in ("none", "sum", "mean", "mean-per-token")
+    )
+    nll = torch.from_numpy(problem.expected().nll)
+    torch.testing.assert_close(none, nll)
+    torch.testing.assert_close(total, nll.sum())
+    torch.testing.assert_close(mean, nll.mean())
+    torch.testing.assert_close(token, nll.sum() / problem.target_lens.sum())
+
+
+@each_method
+def test_mean_per_token_without_tokens_divides_by_one(method: str) -> None:
+    problem = make("regular", "no tokens")
+    loss = transducer_loss(*problem.arguments(), method=method, reduction="mean-per-token").loss
+    torch.testing.assert_close(loss, torch.from_numpy(problem.expected().nll).sum())
+
+
+@each_method
+@pytest.mark.parametrize("topology", ["regular", "modified"])
+def test_fastemit(topology: str, method: str) -> None:
+    problem = make(topology, "ragged")
+    options = TransducerLossOptions(fastemit_lambda=0.3)
+    loss = transducer_loss(
+        *problem.arguments(), method=method, topology=topology, reduction="none", options=options
+    ).loss
+    expected = problem.expected(fastemit_lambda=0.3)
+    (loss * problem.upstream).sum().backward()
+    assert_close(loss, expected.nll)
+    for tensor, gradient in zip(problem.parameters, expected[1:], strict=True):
+        assert_close(tensor.grad, gradient)
+
+
+@each_method
+def test_without_bias_and_with_int32(method: str) -> None:
+    problem = make("regular", "ragged", lens=torch.int32)
+    with torch.no_grad():
+        problem.bias.zero_()
+    enc, pred, weight, _, *rest = problem.arguments()
+    loss = transducer_loss(enc, pred, weight, None, *rest, method=method, reduction="none").loss
+    assert_close(loss, problem.expected().nll)
+
+
+@each_method
+def test_gradcheck(method: str) -> None:
+    problem = make("regular", "ragged", padding=0, dim=3, vocab=4)
+    inputs = [x.detach().nan_to_num(0.5).requires_grad_() for x in problem.parameters]
+    rest = problem.targets, problem.enc_lens, problem.target_lens
+    assert torch.autograd.gradcheck(lambda *p: transducer_loss(*p, *rest, method=method).loss, inputs)
+
+
+@each_method
+def test_loss_scaling_by_utterance(method: str) -> None:
+    """A float32 loss times 2^16 gives 2^16 times the gradient, to the last bit: the scale is a power of two."""
+    gradients = []
+    for scale in (1.0, 2.0**16):
+        problem = make("regular", "ragged", dtype=torch.float32)
+        loss = transducer_loss(*problem.arguments(), method=method, reduction="none").loss
+        (loss * problem.upstream.float() * scale).sum().backward()
+        gradients.append([x.grad / scale for x in problem.parameters])
+    for plain, scaled in zip(*gradients, strict=True):
+        assert torch.equal(plain, scaled)
+
+
+DTYPES = [(torch.float32, 2e-6), (torch.bfloat16, 5e-2), (torch.float16, 6e-3)]
+
+
+@each_method
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_other_dtypes(dtype: torch.dtype, tolerance: float, method: str) -> None:
+    problem = make("regular", "odd sizes", dtype=dtype)
+    expected = problem.expected()
+    loss = transducer_loss(*problem.arguments(), method=method, reduction="none").loss
+    assert loss.dtype == torch.float32
+    assert_close(loss, expected.nll, tolerance)
+    (loss * problem.upstream.float()).sum().backward()
+    for tensor, gradient in zip(problem.parameters, expected[1:], strict=True):
+        assert tensor.grad.dtype == dtype
+        assert_close(tensor.grad, gradient, tolerance)
+
+
+@each_method
+def test_under_autocast_the_lattice_stays_in_float32(method: str) -> None:
+    """float32 parameters with bfloat16 activations, as a model under autocast gives them."""
+    problem = make("regular", "odd sizes", dtype=torch.float32)
+    expected = problem.expected()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        enc, pred, *rest = problem.arguments()
+        loss = transducer_loss(enc.bfloat16(), pred.bfloat16(), *rest, method=method, reduction="none").loss
+        (loss * problem.upstream.float()).sum().backward()
+    assert loss.dtype == torch.float32
+    assert_close(loss, expected.nll, 5e-2)
+    for tensor, gradient in zip(problem.parameters, expected[1:], strict=True):
+        assert tensor.grad.dtype == torch.float32
+        assert_close(tensor.grad, gradient, 5e-2)
+
+
+@each_method
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean-per-token"])
+def test_empty_batch(reduction: str, method: str) -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    enc = torch.zeros(0, 6, 4, requires_grad=True)
+    weight = torch.zeros(5, 4, requires_grad=True)
+    loss = transducer_loss(
+        enc, torch.zeros(0, 3, 4), weight, None, none.view(0, 2), none, none, method=method, reduction=reduction
+    ).loss
+    assert loss.shape == ((0,) if reduction == "none" else ())
+    assert loss.sum() == 0
+    loss.sum().backward()
+    assert not weight.grad.any()
+
+
+@each_method
+def test_a_bad_frame_spoils_its_utterance_only(method: str) -> None:
+    problem = make("regular", "ragged")
+    good = transducer_loss(*problem.arguments(), method=method, reduction="none").loss
+    with torch.no_grad():
+        problem.enc[1, 2] = torch.nan
+    loss = transducer_loss(*problem.arguments(), method=method, reduction="none").loss
+    assert loss[1].isnan()
+    assert torch.equal(loss[[0, 2, 3]], good[[0, 2, 3]])
+
+
+@each_method
+def test_what_it_found_out(method: str) -> None:
+    problem = make("regular", "ragged")
+    output = transducer_loss(*problem.arguments(), method=method)
+    assert output.simple_loss is None
+    assert output.info["method"] == method and output.info["topology"] == "regular"
+    assert output.info["cells"] == 7 * 4 + 4 * 5 + 1 * 3 + 5 * 1
+    assert not output.info["utterance_loss"].requires_grad
+    torch.testing.assert_close(output.info["utterance_loss"].mean(), output.loss.detach())
+
+
+@each_method
+def test_double_backward_raises(method: str) -> None:
+    problem = make("regular", "ragged")
+    loss = transducer_loss(*problem.arguments(), method=method).loss
+    (gradient,) = torch.autograd.grad(loss, problem.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once only"):
+        second_derivatives(gradient, problem.weight)
+
+
+@each_method
+def test_backward_twice_through_a_kept_graph(method: str) -> None:
+    problem = make("regular", "ragged")
+    loss = transducer_loss(*problem.arguments(), method=method).loss
+    first = torch.autograd.grad(loss, problem.parameters, retain_graph=True)
+    second = torch.autograd.grad(loss, problem.parameters)
+    for x, y in zip(first, second, strict=True):
+        assert torch.equal(x, y)
+
+
+@each_method
+def test_gradients_hold_no_denormal_numbers(method: str) -> None:
+    """They mean nothing and make the matrix products behind them up to 150 times slower."""
+    generator = torch.Generator().manual_seed(0)
+    enc, pred = (torch.randn(1, n, 16, generator=generator) for n in (60, 25))
+    weight = torch.randn(40, 16, generator=generator)
+    logits = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        weight.requires_grad_()
+        bias = torch.zeros(40, requires_grad=True)
+        loss = transducer_loss(
+            enc, pred, weight * 3, bias, torch.randint(1, 40, (1, 24)), torch.tensor([60]), torch.tensor([24]),
+            method=method,
+        ).loss  # fmt: skip
+        node = loss.grad_fn
+        while node is not None and "LogitsLoss" not in node.name():
+            node = node.next_functions[0][0]
+        if node is not None:  # methods that make logits
+            node.register_hook(lambda inputs, outputs: logits.append(inputs[0]))
+        loss.backward()
+    tiny = torch.finfo(torch.float32).tiny
+    for gradient in (*logits, weight.grad, bias.grad):
+        assert not ((gradient != 0) & (gradient.abs() < tiny)).any()
+    assert method != "batched" or (logits[0] == 0).any()

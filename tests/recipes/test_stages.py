@@ -1,0 +1,174 @@
+"""The stages of real recipes: which setting concerns which stage, and one small run through all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import recipes.cli
+from asr.training.trainer import Trainer
+from recipes.cli import make_parser
+from recipes.corpora import CORPORA
+from recipes.engine import Pipeline
+from recipes.stages import make_recipe
+from tests.integration.tiny import write_config, write_corpus
+
+STAGES = ["download", "prepare", "features", "tokenizer", "train", "average", "decode"]
+
+
+def _pipeline(exp_dir: Path, *words: str, corpus: str = "yesno") -> Pipeline:
+    args = make_parser(corpus).parse_args(["--exp-dir", str(exp_dir), *words])
+    return make_recipe(corpus, args, "command", None)[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--seed", "1"], ["train", "average", "decode"]),
+        (["--data-seed", "1"], ["prepare", "features", "tokenizer", "train", "average", "decode"]),
+        (["--num-recombined", "7"], ["prepare", "features", "tokenizer", "train", "average", "decode"]),
+        (["--set", "data.features.tail_chunk_ms=640"], ["features", "train", "average", "decode"]),
+        (["--set", "data.augment.noise_prob=0.9"], ["features", "train", "average", "decode"]),
+        (["--set", "tokenizer.kind=char"], ["tokenizer", "train", "average", "decode"]),
+        (["--set", "model.preset=xs"], ["train", "average", "decode"]),
+        (["--set", "optim.lr=0.5"], ["train", "average", "decode"]),
+        (["--set", "loss.fastemit_lambda=0.01"], ["train", "average", "decode"]),
+        (["--set", "average.ema=false"], ["average", "decode"]),
+        (["--set", "decoding.beam=9"], ["decode"]),
+        # speed and place, but not results
+        (["--set", "data.num_workers=0"], []),
+        (["--set", "data.features.num_jobs=7"], []),
+        (["--num-jobs", "9"], []),
+        (["--device", "cpu"], []),
+        (["--set", "name=other"], []),
+        (["--corpus-dir", "elsewhere"], []),
+        (["--strict"], []),
+    ],
+)
+def test_a_setting_concerns_exactly_these_stages(tmp_path: Path, words: list[str], expected: list[str]) -> None:
+    before, after = _pipeline(tmp_path), _pipeline(tmp_path, *words)
+    assert [name for name in STAGES if before.hashes[name] != after.hashes[name]] == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(["--corpus-dir", "elsewhere"], ["download"]), (["--strict"], ["prepare", "features", "train"])],
+)
+def test_place_and_checks_rerun_stages_without_all_that_follows(
+    tmp_path: Path, words: list[str], expected: list[str]
+) -> None:
+    before, after = _pipeline(tmp_path), _pipeline(tmp_path, *words)
+    assert [name for name in STAGES if before.settings[name] != after.settings[name]] == expected
+
+
+@pytest.mark.parametrize("corpus", CORPORA)
+def test_every_recipe_has_the_same_stages_and_its_own_configuration(corpus: str, tmp_path: Path) -> None:
+    args = make_parser(corpus).parse_args(["--exp-dir", str(tmp_path)])
+    recipe, pipeline = make_recipe(corpus, args, "command", recipes.cli.default_config(corpus))
+    assert [stage.name for stage in pipeline.stages] == STAGES
+    assert recipe.experiment.name == corpus
+    statuses = pipeline.plan(pipeline.select("0", "decode"))
+    assert all(status.must_run for status in statuses)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_searches_are_two_results(tmp_path: Path) -> None:
+    outputs = _pipeline(tmp_path, "--set", "decoding.search=modified_beam_search").stages[-1].outputs
+    assert {path.split("/")[1] for path in outputs} == {"greedy", "modified_beam_search"}
+    assert {path.split("/")[1] for path in _pipeline(tmp_path).stages[-1].outputs} == {"greedy"}
+
+
+# -- a real run -------------------------------------------------------------------------------------------------------
+
+
+class Tiny:
+    """The recipe of yesno on an imitation of its recordings, small enough for a test."""
+
+    def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.exp = root / "exp"
+        self.corpus = root / "corpus"
+        self.capsys = capsys
+        write_corpus(self.corpus)
+
+    def run(self, *words: str, code: int = 0) -> list[str]:
+        """Runs the recipe; returns the lines that it printed."""
+        self.capsys.readouterr()
+        argv = ["yesno", "--exp-dir", str(self.exp), "--num-recombined", "0", "--num-jobs", "1", *words]
+        assert recipes.cli.main(argv) == code
+        return self.capsys.readouterr().out.splitlines()
+
+    def digest(self, name: str) -> str:
+        return hashlib.sha256((self.exp / name).read_bytes()).hexdigest()
+
+
+def _ran(lines: list[str]) -> list[str]:
+    return [line.split()[2].rstrip(":") for line in lines if line.startswith("stage ") and ": runs (" in line]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tiny:
+    config = write_config(tmp_path / "tiny.yaml")
+    monkeypatch.setattr(recipes.cli, "default_config", lambda corpus: config)
+    return Tiny(tmp_path, capsys)
+
+
+def test_a_recipe_runs_stops_goes_on_and_is_not_repeated(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    # data first; the corpus need not be named again afterwards
+    lines = tiny.run("--corpus-dir", str(tiny.corpus), "--stop-stage", "tokenizer")
+    assert _ran(lines) == STAGES[:4]
+    test_list = tiny.digest("data/cuts_test.jsonl.gz")
+
+    # SIGTERM in the middle of training: saved, exit code 0, not done
+    real = Trainer.step
+
+    def step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if self.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", step)
+        lines = tiny.run()
+    assert _ran(lines) == ["train"]
+    assert "SIGTERM at step 3" in lines[-1] and "to go on: " in lines[-1] and lines[-1].endswith("--stage train")
+    assert not (tiny.exp / ".done" / "train.json").exists()
+
+    # goes on from there to the result
+    lines = tiny.run("--stage", "train")
+    assert _ran(lines) == ["train", "average", "decode"]
+    records = [json.loads(line) for line in (tiny.exp / "train" / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records if record["kind"] == "train"]
+    assert steps == list(range(1, len(steps) + 1))
+    assert lines[-1].startswith("%WER ") and "/ 240," in lines[-1]
+    for word in ("report: ", "checkpoint: ", "transcripts (greedy): ", "plot: "):
+        path = Path(next(line for line in lines if line.startswith(word)).removeprefix(word).split(",")[0])
+        assert path.is_file()
+
+    # nothing to do; the result is shown again
+    again = tiny.run()
+    assert _ran(again) == [] and again[-1] == lines[-1]
+
+    # another search: decoding only, and both results
+    lines = tiny.run("--set", "decoding.search=modified_beam_search")
+    assert _ran(lines) == ["decode"]
+    assert lines[-2].startswith("greedy: %WER ") and lines[-1].startswith("%WER ")
+
+    # another seed: the same test list, and the first training is kept
+    weights = tiny.digest("train/average.pt")
+    lines = tiny.run("--seed", "5")
+    assert _ran(lines) == ["train", "average", "decode"]
+    assert tiny.digest("data/cuts_test.jsonl.gz") == test_list
+    assert tiny.digest("train.old-1/average.pt") == weights != tiny.digest("train/average.pt")
+
+
+def test_features_on_the_fly_are_computed_without_storing_them(tiny: Tiny) -> None:
+    words = ["--set", "data.features.storage=on_the_fly", "--set", "training.max_steps=2"]
+    lines = tiny.run("--corpus-dir", str(tiny.corpus), *words)
+    assert lines[-1].startswith("%WER ")
+    assert not list((tiny.exp / "data" / "features").rglob("*.f32"))

@@ -126,7 +126,7 @@ class BatchLoader(Iterable[Batch]):
                     item = next(iterator)
                 except StopIteration:
                     return
-                except RuntimeError as error:
+                except (RuntimeError, OSError, EOFError) as error:
                     raise explain_dead_worker(error) from error
                 yield _unwrap(item)
         finally:
@@ -403,14 +403,16 @@ def _unwrap(item: Batch | _Failure) -> Batch:
     return item
 
 
-def explain_dead_worker(error: RuntimeError) -> Exception:
-    """A UserError of one line if torch reports a killed worker; otherwise the error itself.
+def explain_dead_worker(error: Exception) -> Exception:
+    """A UserError of one line if torch reports a killed worker or cannot reach one; otherwise the error itself.
 
     torch raises it from a signal handler, so it may meet the main process anywhere; iterations translate it where it
     meets them, and the code around a training loop can do the same.
     """
     message = str(error)
-    if "DataLoader worker" not in message or "Traceback" in message:
+    # a batch lies in memory that its worker hands over on request: a connection that breaks is a worker that died
+    unreachable = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
+    if not unreachable and ("DataLoader worker" not in message or "Traceback" in message):
         return error
     if "Bus error" in message or "shared memory" in message:
         return UserError(
@@ -419,7 +421,7 @@ def explain_dead_worker(error: RuntimeError) -> Exception:
         )
     return UserError(
         f"a worker of the data loader was killed, perhaps for lack of memory; lower data.num_workers or "
-        f"data.max_duration_s ({message.splitlines()[0]})"
+        f"data.max_duration_s ({message.splitlines()[0] if message else type(error).__name__})"
     )
 
 
@@ -427,13 +429,16 @@ def _start_worker(worker_id: int) -> None:
     """Signals for the whole process group are the main process's business: it saves and then ends its workers."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
+    if hasattr(signal, "sigtimedwait"):
         # torch's own handler would let the worker die, and the main process with an error instead of a checkpoint
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_on_order_of_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_on_order_of_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+def _end_with_parent(parent: int) -> None:
+    """End the worker when its parent asks for it or is gone, even while the worker's main thread hangs in a read."""
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+        if received is not None and received.si_pid == parent:
+            break
     os._exit(0)

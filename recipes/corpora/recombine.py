@@ -110,9 +110,13 @@ class Recombiner:
         return bool(self._units and self._quiet)
 
     def generate(
-        self, count: int, rng: np.random.Generator, min_words: int = 4, max_words: int = 12
+        self, count: int, rng: np.random.Generator, min_words: int = 1, max_words: int = 10
     ) -> Iterator[Recombined]:
-        """``count`` recordings of random words in random number; every piece of a word is used about equally often."""
+        """``count`` recordings of random words in random number; every piece of a word is used about equally often.
+
+        Short ones matter: which sound is which word is learnt from them at once, while long ones alone leave a loss
+        that sums over all alignments on a plateau for thousands of steps.
+        """
         vocabulary = sorted(self._units)
         decks: dict[str, list[int]] = {word: [] for word in vocabulary}
         for _ in range(count):

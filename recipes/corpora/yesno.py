@@ -34,10 +34,10 @@ _EXPECTED = f"the {NUM_RECORDINGS} files of waves_yesno.tar.gz, named like 0_1_0
 class Options:
     """Settings of the corpus.
 
-    num_recombined: training recordings of 4 to 12 words put together from the words of the real ones; 0 for none.
+    num_recombined: training recordings of 1 to 10 words put together from the words of the real ones; 0 for none.
     """
 
-    num_recombined: int = 400
+    num_recombined: int = 500
 
     def __post_init__(self) -> None:
         if self.num_recombined < 0:

@@ -38,12 +38,14 @@ def replaced(**values: Any) -> Callable[[dict[str, Any]], None]:
 
 
 JOINT = [
-    (changed("target_lens", 3, 9), r"^target_lens\[3\]=9 exceeds targets\.shape\[1\]=6; pass targets padded to \[B, U\]$"),
+    (changed("target_lens", 3, 9),
+     r"^target_lens\[3\]=9 exceeds targets\.shape\[1\]=6; pass targets padded to \[B, U\]$"),
     (changed("target_lens", 1, -2), r"target_lens\[1\]=-2 is below 0; pass 0 or more"),
     (changed("enc_lens", 2, 11), r"enc_lens\[2\]=11 exceeds enc\.shape\[1\]=10; pass enc padded to the longest"),
     (changed("enc_lens", 0, 0), r"enc_lens\[0\]=0 is below 1; leave the utterance out"),
     (changed("targets", (1, 2), 0), r"targets\[1, 2\]=0 is the blank id"),
-    (changed("targets", (1, 2), 7), r"targets\[1, 2\]=7 is outside of 0\.\.6; pass token ids below the vocabulary size 7"),
+    (changed("targets", (1, 2), 7),
+     r"targets\[1, 2\]=7 is outside of 0\.\.6; pass token ids below the vocabulary size 7"),
     (changed("targets", (0, 5), -1), r"targets\[0, 5\]=-1 is outside of 0\.\.6"),
     (replaced(enc=[1.0]), r"enc is a list; pass a torch\.Tensor of shape \[B, T, J\]"),
     (replaced(enc=torch.zeros(T, J)), r"enc has shape \[10, 5\]; pass enc of shape \[B, T, J\]"),
@@ -59,7 +61,8 @@ JOINT = [
     (replaced(bias=torch.zeros(V).half()), r"bias is float16 but enc is float32"),
     (replaced(targets=torch.ones(B, U)), r"targets is float32; pass one of: int32, int64"),
     (replaced(targets=torch.ones(3, U, dtype=torch.int64)), r"targets\.shape\[0\]=3 differs from enc\.shape\[0\]=4"),
-    (replaced(targets=torch.ones(B * U, dtype=torch.int64)), r"targets has shape \[24\]; pass targets of shape \[B, U\]"),
+    (replaced(targets=torch.ones(B * U, dtype=torch.int64)),
+     r"targets has shape \[24\]; pass targets of shape \[B, U\]"),
     (replaced(targets=torch.ones(B, U, dtype=torch.int64, device="meta")), r"targets is on meta but enc is on cpu"),
     (replaced(enc_lens=torch.full((B,), 2.0)), r"enc_lens is float32; pass one of: int32, int64"),
     (replaced(enc_lens=[T] * B), r"enc_lens is a list; pass a torch\.Tensor of shape \[B\]"),
@@ -70,7 +73,8 @@ JOINT = [
     (replaced(blank=-6), r"targets\[0, 0\]=1 is the blank id"),
     (replaced(method="exact"), r"method='exact' does not exist; choose one of: batched"),
     (replaced(activation="gelu"), r"activation='gelu' does not exist; choose one of: tanh, relu"),
-    (replaced(topology="constrained"), r"topology='constrained' does not exist; choose one of: regular, modified"),
+    (replaced(topology="constrained"),
+     r"topology='constrained' does not exist; choose one of: regular, modified"),
     (replaced(reduction="max"), r"reduction='max' does not exist; choose one of: none, sum, mean, mean-per-token"),
     (replaced(topology="modified", enc_lens=torch.tensor([10, 10, 5, 10])), r"target_lens\[2\]=6 exceeds enc_lens\[2\]=5: "
      r"topology 'modified' emits at most one token a frame"),

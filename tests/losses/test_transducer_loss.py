@@ -1,4 +1,4 @@
-"""transducer_loss, every method, against the reference: loss and the gradients of encoder, predictor, weight and bias."""
+"""transducer_loss, every method, against the reference: loss, gradients of encoder, predictor, weight and bias."""
 
 from __future__ import annotations
 

@@ -287,6 +287,7 @@ def test_a_killed_worker_ends_the_iteration(stored_cuts: CutSet) -> None:
 def test_dead_workers_are_explained(message: str, expected: str) -> None:
     error = explain_dead_worker(RuntimeError(message))
     assert isinstance(error, UserError) and expected in str(error)
+    assert "was killed" in str(explain_dead_worker(ConnectionResetError()))
     other = RuntimeError("shapes do not fit")
     assert explain_dead_worker(other) is other
 

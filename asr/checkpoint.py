@@ -23,6 +23,7 @@ from asr.errors import UserError
 from asr.models.transducer import Transducer
 
 FORMAT_VERSION = 1
+KEYS = {"config", "tokenizer", "vocab_size", "step", "epoch", "model"}
 
 
 class CheckpointError(UserError):
@@ -118,6 +119,8 @@ def read(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]
             f"checkpoint {path} has format version {payload['format_version']}, this program reads {FORMAT_VERSION};"
             " use the version of the toolkit that wrote it"
         )
+    if missing := KEYS - payload.keys():
+        raise CheckpointError(f"{path} is no checkpoint of this toolkit: it lacks {min(missing)}{_neighbours(path)}")
     return payload
 
 
@@ -142,7 +145,7 @@ def _crc_ok(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # a flipped bit can ask zipfile for a password, or for a compression that it does not know
         return False
 
 
@@ -170,8 +173,8 @@ def load_weights(model: Transducer, weights: dict[str, Tensor], source: str) -> 
         names = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
         first = names[0]
         raise CheckpointError(
-            f"{source} is of another model: {len(names)} tensors differ, first {first}: {found.get(first, 'absent')} there,"
-            f" {expected.get(first, 'absent')} in the configured model; use the configuration it was trained with"
+            f"{source} is of another model: {len(names)} tensors differ, first {first}: {found.get(first, 'absent')}"
+            f" there, {expected.get(first, 'absent')} in the configured model; use the configuration of that training"
         )
     model.load_state_dict(weights)
 
@@ -200,6 +203,11 @@ def load(path: Path | str, device: str | torch.device = "cpu", overrides: dict[s
     )
 
 
+def step_name(step: int) -> str:
+    """File name of a step's checkpoint; names sort like steps."""
+    return f"step-{step:08d}.pt"
+
+
 def step_checkpoints(folder: Path) -> list[Path]:
     """step-*.pt of a folder, oldest first."""
     return sorted(folder.glob("step-*.pt"))
@@ -215,6 +223,18 @@ def newest_good(folder: Path, say: Any = print) -> Path | None:
             continue
         return path
     return None
+
+
+def set_aside_later(folder: Path, step: int) -> list[Path]:
+    """Renames checkpoints of later steps, which another run wrote or which are damaged, to step-*.pt.old.
+
+    Left in place they would be taken for this run's newest: kept instead of its own, averaged and resumed from.
+    """
+    moved = []
+    for path in step_checkpoints(folder):
+        if path.name > step_name(step):
+            moved.append(path.replace(path.with_name(path.name + ".old")))
+    return moved
 
 
 def prune(folder: Path, keep_last: int) -> None:

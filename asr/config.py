@@ -7,6 +7,7 @@ differences. Unknown keys are looked for here, before it, so that the nearest va
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import typing
@@ -25,6 +26,7 @@ from asr.models.presets import PRESETS
 from asr.models.transducer import LossConfig, ModelConfig
 from asr.training.optim import OptimConfig
 from asr.training.trainer_config import AverageConfig, TrainingConfig
+from losses import LOSSES
 
 
 @dataclass
@@ -56,8 +58,14 @@ class Experiment:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss, LossConfig) and self.loss.ctc_weight > 0 and not self.model.ctc:
+        if not isinstance(self.loss, LossConfig):  # the parser's own object, before the parts are made
+            return
+        if self.loss.ctc_weight > 0 and not self.model.ctc:
             raise UserError(f"loss.ctc_weight={self.loss.ctc_weight} needs a CTC head; set model.ctc=true")
+        if self.loss.ctc_weight < 0:
+            raise UserError(f"loss.ctc_weight={self.loss.ctc_weight} must be at least 0")
+        if self.loss.method not in LOSSES:
+            raise UserError(f"loss.method={self.loss.method!r} is unknown; valid: {', '.join(LOSSES)}")
 
 
 def dotted_keys(cls: type = Experiment, prefix: str = "") -> list[str]:
@@ -80,6 +88,11 @@ def _nearest(key: str, valid: list[str]) -> str:
     return ", ".join(names[:3]) if names else ", ".join(v for v in valid if "." not in v)
 
 
+def _nested_form(key: str) -> str:
+    first, *rest = key.split(".")
+    return first + ": " + "".join(f"{{{name}: " for name in rest) + "..." + "}" * len(rest)
+
+
 def _check_keys(tree: dict[str, Any], source: str) -> None:
     valid = dotted_keys()
     branches = {key.rsplit(".", 1)[0] for key in valid if "." in key}
@@ -87,12 +100,17 @@ def _check_keys(tree: dict[str, Any], source: str) -> None:
     def visit(node: Any, prefix: str) -> None:
         for name, value in node.items():
             key = f"{prefix}{name}"
+            if "." in str(name) and key in valid:
+                raise UserError(f"{key} in {source} is written with a dot; in files write {_nested_form(key)}")
             if key not in valid:
                 raise UserError(f"unknown key {key!r} in {source}; nearest valid: {_nearest(key, valid)}")
             if key in branches:
                 if not isinstance(value, dict):
-                    raise UserError(f"{key} in {source} is a group of settings, not the value {value!r}; set {key}.NAME")
+                    message = f"{key} in {source} is a group of settings, not the value {value!r}; set {key}.NAME"
+                    raise UserError(message)
                 visit(value, key + ".")
+            elif value is None:
+                raise UserError(f"{key} in {source} has no value; give it one, or leave it out for the default")
 
     visit(tree, "")
 
@@ -100,7 +118,8 @@ def _check_keys(tree: dict[str, Any], source: str) -> None:
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
     return merged
 
 
@@ -149,9 +168,9 @@ def from_dict(tree: dict[str, Any], source: str = "the configuration") -> Experi
     """
     _check_keys(tree, source)
     preset = (tree.get("model") or {}).get("preset", ModelConfig().preset)
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(f"model.preset={preset!r} in {source} is unknown; valid: {', '.join(PRESETS)}")
-    tree = _merge({"model": PRESETS[preset]}, tree)
+    tree = _merge({"model": copy.deepcopy(PRESETS[preset])}, tree)  # the parser writes into what it is given
     parser = make_parser()
     try:
         return Experiment(**vars(parser.instantiate(parser.parse_object(tree))))

@@ -175,10 +175,9 @@ def viterbi_alignment(
     Runs on the CPU, wherever the log-probs are; the result is on their device. The frames of an utterance without any
     possible alignment (score -inf) mean nothing.
     """
-    from losses.backends import numba_lattice
-
     lengths = check_lattice(blank_log_probs, label_log_probs, enc_lens, target_lens, topology=topology)
     dtype = torch.float64 if blank_log_probs.dtype == torch.float64 else torch.float32
     blank, label = (x.to("cpu", dtype).contiguous() for x in (blank_log_probs, label_log_probs))
-    frames, score = numba_lattice.viterbi(blank, label, lengths, topology == "modified")
+    kernels = backends.load("lattice", "numba", blank.device, dtype)
+    frames, score = kernels.viterbi(blank, label, lengths, topology == "modified")
     return Alignment(frames.to(blank_log_probs.device), score.to(blank_log_probs.device))

@@ -26,7 +26,9 @@ class Candidate:
     validation: Validation
 
 
-def _candidates(train_dir: Path, config: AverageConfig, say: Callable[[str], None]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _candidates(
+    train_dir: Path, config: AverageConfig, say: Callable[[str], None]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     paths = []
     for path in checkpoint.step_checkpoints(train_dir / "checkpoints"):
         try:
@@ -46,7 +48,12 @@ def _candidates(train_dir: Path, config: AverageConfig, say: Callable[[str], Non
             payload["model"] = payload["training"]["ema"]
             yield "ema", payload
     if config.best and (train_dir / "best.pt").is_file():
-        yield "best", checkpoint.read(train_dir / "best.pt")
+        try:
+            payload = checkpoint.read(train_dir / "best.pt")
+        except checkpoint.CheckpointError as err:
+            say(f"warning: {err}; no candidate")
+        else:
+            yield "best", payload
 
 
 def average(
@@ -84,7 +91,8 @@ def average(
         weights: dict[str, Tensor] = payload["model"]
         checkpoint.load_weights(model, weights, name)
         model.to(device)
-        batches = eval_loader(valid_cuts, tokenizer, experiment.data, max_duration_s=experiment.decoding.batch_duration_s)
+        limit_s = experiment.decoding.batch_duration_s
+        batches = eval_loader(valid_cuts, tokenizer, experiment.data, max_duration_s=limit_s)
         validation = validate(model, batches, tokenizer, experiment.decoding, device)
         say(
             f"  {name}: {validation.errors} errors in {validation.words} words, loss {validation.loss:.4f} a token"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -49,13 +49,18 @@ class BadBatches:
         fields: dict[str, Any] = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
         atomic_save({"reason": reason, "step": step, **fields}, path)
         self._record(step=step, reason=reason, cut_ids=batch.cut_ids, dump=str(path))
-        self._say(f"warning: step {step}: {reason}; batch skipped, dumped to {path}, utterances: {', '.join(batch.cut_ids)}")
+        ids = ", ".join(batch.cut_ids)
+        self._say(f"warning: step {step}: {reason}; batch skipped, dumped to {path}, utterances: {ids}")
         if self.count > self.allowed:
             raise TooManyBadBatches(
-                f"{self.count} batches had a non-finite loss or gradient, training.max_bad_batches={self.allowed} allows no"
-                f" more; look at the utterances dumped in {self.folder}, or lower optim.lr or optim.clip_grad_norm,"
+                f"{self.count} batches had a non-finite loss or gradient and training.max_bad_batches={self.allowed}"
+                f" allows no more; look at the utterances dumped in {self.folder}, or lower optim.lr or optim.clip_grad_norm,"
                 " then go on with --resume auto"
             )
+
+
+class Terminated(Exception):
+    """SIGTERM came; raised between steps, where the state can be saved."""
 
 
 class Termination:
@@ -64,6 +69,17 @@ class Termination:
     def __init__(self) -> None:
         self.requested = False
         self._old: Any = None
+
+    def check(self) -> None:
+        """Raises Terminated if SIGTERM has come."""
+        if self.requested:
+            raise Terminated
+
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches, with a check after each: a pass over many of them outlasts the grace of most schedulers."""
+        for batch in batches:
+            yield batch
+            self.check()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

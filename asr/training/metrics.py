@@ -15,6 +15,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _lacks_newline(path: Path) -> bool:
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-1, 2)
+        return file.read() != b"\n"
+
+
 class MetricsWriter:
     """Appends one JSON object a line to metrics.jsonl, and numbers to TensorBoard.
 
@@ -22,7 +30,11 @@ class MetricsWriter:
     """
 
     def __init__(self, out_dir: Path, tensorboard: bool):
-        self._file = open(out_dir / "metrics.jsonl", "a", encoding="utf-8")
+        path = out_dir / "metrics.jsonl"
+        torn = _lacks_newline(path)
+        self._file = open(path, "a", encoding="utf-8")
+        if torn:  # a full disk cut the last line: it must not swallow the next one
+            self._file.write("\n")
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -47,8 +59,8 @@ class MetricsWriter:
 class ProgressLine:
     """One line on a terminal, rewritten; on a file or pipe, a line at most every ``every_s`` seconds."""
 
-    def __init__(self, stream: TextIO = sys.stdout, every_s: float = 10.0):
-        self._stream = stream
+    def __init__(self, stream: TextIO | None = None, every_s: float = 10.0):
+        self._stream = stream = stream or sys.stdout
         self._live = stream.isatty()
         self._every_s = 0.2 if self._live else every_s
         self._last = -math.inf

@@ -17,8 +17,8 @@ class OptimConfig:
     Args:
         lr: peak learning rate.
         warmup_steps: steps of linear rise from 0 to lr.
-        schedule: after the rise: "cosine" falls to lr * final_lr_ratio at the end of the run; "noam" falls with the inverse
-            square root of the step (Vaswani et al. 2017, eq. 3, scaled to peak at lr); "constant" stays.
+        schedule: after the rise: "cosine" falls to lr * final_lr_ratio at the end of the run; "noam" falls with the
+            inverse square root of the step (Vaswani et al. 2017, eq. 3, scaled to peak at lr); "constant" stays.
         final_lr_ratio: last learning rate of "cosine" as a fraction of lr.
         weight_decay: decoupled (Loshchilov and Hutter 2019); on matrices only, never on biases, norms and embeddings.
         betas: AdamW's.
@@ -36,8 +36,15 @@ class OptimConfig:
     clip_grad_norm: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"optim.lr={self.lr} must be above 0")
+        for name in ("lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be above 0 and finite")
+        for name in ("weight_decay", "clip_grad_norm"):
+            # a negative norm to clip to would turn the gradient round
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be at least 0 and finite; 0 is off")
+        if not 0 <= self.final_lr_ratio <= 1:
+            raise ValueError(f"optim.final_lr_ratio={self.final_lr_ratio} is outside [0, 1]")
         if self.warmup_steps < 0:
             raise ValueError(f"optim.warmup_steps={self.warmup_steps} must be at least 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -64,7 +71,8 @@ def learning_rate(config: OptimConfig, step: int, progress: float) -> float:
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW with two groups: matrices decay; biases, norms and embeddings do not."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (decayed if parameter.dim() > 1 and id(parameter) not in embeddings else plain).append(parameter)

@@ -22,11 +22,12 @@ from asr import checkpoint
 from asr.config import Experiment, dump
 from asr.data.batch import Batch
 from asr.data.features import FeatureStats
-from asr.data.loader import eval_loader, train_loader
+from asr.data.loader import DataConfig, eval_loader, explain_dead_worker, train_loader
 from asr.data.tokenizer import Tokenizer
+from asr.environment import cpu
 from asr.errors import UserError
 from asr.models.transducer import Transducer, TransducerLosses, parameter_counts
-from asr.training.faults import BadBatches, Termination
+from asr.training.faults import BadBatches, Terminated, Termination
 from asr.training.metrics import MetricsWriter, ProgressLine, clock
 from asr.training.optim import WeightAverage, learning_rate, make_optimizer
 from asr.training.precision import autocast, resolve_precision
@@ -72,6 +73,14 @@ def _seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
 
 
+def _epoch_seconds(cuts: Any, config: DataConfig) -> float:
+    """Audio of one epoch: stored features hold every speed and copy already, on the fly they multiply the cuts."""
+    seconds = sum(cut.duration for cut in cuts)
+    if config.features.storage == "stored":
+        return seconds
+    return seconds * config.augment.copies * sum(1 / factor for factor in config.augment.speed_factors)
+
+
 class Trainer:
     """One run in one folder.
 
@@ -107,15 +116,15 @@ class Trainer:
         ).to(self.device)
         self.optimizer = make_optimizer(self.model, experiment.optim)
         self.ema = WeightAverage(self.model, self.config.ema_decay) if self.config.ema_decay > 0 else None
-        self.total_s = self.config.max_epochs * sum(cut.duration for cut in data.train_cuts)
+        self.total_s = self.config.max_epochs * _epoch_seconds(data.train_cuts, experiment.data)
         if self.total_s <= 0:
-            raise UserError("the training cuts are empty; run the prepare and features stages, and look at bad_rows.txt")
+            raise UserError("the training cuts are empty; run prepare and features, and look at bad_rows.txt")
 
     # -- saving and resuming ------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
         """Writes the next step checkpoint, then removes old ones; a failure in between loses nothing."""
-        path = self.checkpoints / f"step-{self.progress.step:08d}.pt"
+        path = self.checkpoints / checkpoint.step_name(self.progress.step)
         payload = checkpoint.make_payload(
             self.model.state_dict(),
             self.experiment,
@@ -136,7 +145,7 @@ class Trainer:
         """Continues exactly after the step that ``path`` was written at.
 
         Raises:
-            CheckpointError: unreadable, of another model, or without optimizer state.
+            CheckpointError: unreadable, of another model or tokenizer, or without optimizer state.
         """
         payload = checkpoint.read(path)
         if "training" not in payload:
@@ -144,9 +153,17 @@ class Trainer:
                 f"{path} holds weights only (an average); resume from a file in checkpoints/"
             )
         checkpoint.load_weights(self.model, payload["model"], f"checkpoint {path}")
+        if checkpoint.tokenizer_of(payload).to_state() != self.data.tokenizer.to_state():
+            raise checkpoint.CheckpointError(
+                f"checkpoint {path} was trained with another tokenizer of the same size; pass that one"
+            )
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(payload["training"]["optimizer"])
-        if self.ema is not None and payload["training"]["ema"] is not None:
-            self.ema.load(payload["training"]["ema"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # the configuration decides, not what it was when the checkpoint was written
+        if self.ema is not None:
+            ema = payload["training"]["ema"]
+            self.ema.load(payload["model"] if ema is None else ema)  # turned on later: starts from these weights
         self.progress = Progress(**payload["training"]["progress"])
         self.line.say(f"resumed from {path}: epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1}")
 
@@ -155,6 +172,15 @@ class Trainer:
     def _chunk_frames(self, micro: int) -> int:
         sizes = self.config.chunk_frames
         return sizes[_seed_of(self.experiment.seed, "chunk", self.progress.step, micro) % len(sizes)]
+
+    def _count(self, batches: list[Batch]) -> int:
+        by_tokens = self.config.normalize == "tokens"
+        return sum(int(b.target_lens.sum()) if by_tokens else b.size for b in batches)
+
+    def _done(self) -> float:
+        """Fraction of the run that lies behind, by the limit that will end it."""
+        by_steps = self.progress.step / self.config.max_steps if self.config.max_steps else 0.0
+        return max(by_steps, self.progress.consumed_s / self.total_s)
 
     def _forward(self, batch: Batch, micro: int) -> TransducerLosses:
         with autocast(self.precision, self.device):
@@ -176,30 +202,28 @@ class Trainer:
         progress, optim = self.progress, self.experiment.optim
         # dropout depends on the step alone: a resumed run needs no generator state
         torch.manual_seed(_seed_of(self.experiment.seed, "step", progress.step))
-        by_tokens = self.config.normalize == "tokens"
-        count = sum(int(b.target_lens.sum()) if by_tokens else b.size for b in batches)
+        count = self._count(batches)
         audio_s = sum(sum(b.durations_s) for b in batches)
-        done = progress.step / self.config.max_steps if self.config.max_steps else progress.consumed_s / self.total_s
-        lr = learning_rate(optim, progress.step, done)
+        lr = learning_rate(optim, progress.step, self._done())
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         sums = {"loss": 0.0, "transducer_loss": 0.0, "ctc_loss": 0.0}
-        used = 0
+        used: list[Batch] = []
         for micro, batch in enumerate(batches):
-            losses = self._forward(batch.to(self.device), micro)
+            losses = self._forward(batch.to(self.device, non_blocking=True), micro)
             if not bool(torch.isfinite(losses.loss)):
-                bad.skip(batch, progress.step, f"non-finite loss {float(losses.loss)}")
+                bad.skip(batch, progress.step + 1, f"non-finite loss {losses.loss.item()}")
                 continue
             (losses.loss / max(count, 1)).backward()
-            used += 1
-            sums["loss"] += float(losses.loss)
-            sums["transducer_loss"] += float(losses.transducer)
-            sums["ctc_loss"] += 0.0 if losses.ctc is None else float(losses.ctc)
+            used.append(batch)
+            sums["loss"] += losses.loss.item()
+            sums["transducer_loss"] += losses.transducer.item()
+            sums["ctc_loss"] += 0.0 if losses.ctc is None else losses.ctc.item()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip_grad_norm or math.inf)
         if used and not bool(torch.isfinite(norm)):
-            for batch in batches:
-                bad.skip(batch, progress.step, f"non-finite gradient norm {float(norm)}")
+            for batch in used:
+                bad.skip(batch, progress.step + 1, f"non-finite gradient norm {float(norm)}")
         elif used:
             self.optimizer.step()
             if self.ema is not None:
@@ -208,7 +232,8 @@ class Trainer:
         progress.batch += len(batches)
         progress.consumed_s += audio_s
         progress.bad_batches = bad.count
-        averages: dict[str, Any] = {name: value / max(count, 1) for name, value in sums.items()}
+        used_count = self._count(used)
+        averages: dict[str, Any] = {n: value / max(used_count, 1) if used else math.nan for n, value in sums.items()}
         if self.experiment.loss.ctc_weight == 0:
             averages["ctc_loss"] = None
         return {
@@ -224,8 +249,12 @@ class Trainer:
     def _weights_to_judge(self) -> dict[str, Tensor]:
         return self.model.state_dict() if self.ema is None else self.ema.weights
 
-    def validate(self, metrics: MetricsWriter) -> Validation:
-        """Validates the averaged weights where there are any, and keeps them as best.pt when they are."""
+    def validate(self, metrics: MetricsWriter, stop: Termination) -> Validation:
+        """Validates the averaged weights where there are any, and keeps them as best.pt when they are.
+
+        Raises:
+            Terminated: SIGTERM came; nothing was recorded.
+        """
         weights = {name: value.clone() for name, value in self._weights_to_judge().items()}
         current = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(weights)
@@ -235,8 +264,12 @@ class Trainer:
             self.experiment.data,
             max_duration_s=self.experiment.decoding.batch_duration_s,
         )
-        result = validate(self.model, loader, self.data.tokenizer, self.experiment.decoding, self.device)
-        self.model.load_state_dict(current)
+        try:
+            result = validate(
+                self.model, stop.watch(loader), self.data.tokenizer, self.experiment.decoding, self.device
+            )
+        finally:
+            self.model.load_state_dict(current)
         progress = self.progress
         metrics.write(
             "valid",
@@ -270,17 +303,24 @@ class Trainer:
             seed=self.experiment.seed,
             epoch=self.progress.epoch,
             skip_batches=self.progress.batch,
+            pin_memory=self.device.type == "cuda",
         )
         batches = iter(loader)
         while group := list(islice(batches, self.config.accumulation)):
             yield group
 
     def _finished(self) -> bool:
-        limit = self.config.max_steps
-        return self.progress.epoch >= self.config.max_epochs or bool(limit and self.progress.step >= limit)
+        # at the step limit an epoch may still have to be closed with its validation
+        closed = self.progress.batch == 0
+        return self.progress.epoch >= self.config.max_epochs or (closed and self._at_step_limit())
+
+    def _at_step_limit(self) -> bool:
+        return bool(self.config.max_steps) and self.progress.step >= self.config.max_steps
 
     def run(self) -> TrainResult:
         """Trains to the end, or until SIGTERM; either way the newest state is on disk afterwards."""
+        for path in checkpoint.set_aside_later(self.checkpoints, self.progress.step):
+            self.line.say(f"warning: a checkpoint of a later step than this run's is set aside as {path}")
         (self.out_dir / "config.yaml").write_text(dump(self.experiment), encoding="utf-8")
         metrics = MetricsWriter(self.out_dir, self.config.tensorboard)
         counts = parameter_counts(self.model)
@@ -293,7 +333,7 @@ class Trainer:
             precision=self.precision,
             threads=torch.get_num_threads(),
             python=platform.python_version(),
-            machine=f"{platform.machine()}, {os.cpu_count()} cores",
+            machine=f"{cpu()['model']}, {os.cpu_count()} cores",
             train_cuts=len(self.data.train_cuts),
             seed=self.experiment.seed,
         )
@@ -306,27 +346,39 @@ class Trainer:
             lambda **fields: metrics.write("bad_batch", **fields),
             self.line.say,
         )
-        reason, saved, best = "finished", None, None
+        reason, saved, best = "failed", None, None
         try:
             with Termination() as stop:
-                while not self._finished():
-                    self._epoch(bad, metrics, stop)
-                    if stop.requested:
-                        reason = "terminated"
-                        break
-                    if self.progress.epoch % self.config.valid_every_epochs == 0 or self._finished():
-                        best = self.validate(metrics)
+                try:
+                    while not self._finished():
+                        self._epoch(bad, metrics, stop)
+                        best = self._close_epoch(metrics, stop) or best
+                        saved = self.save()
+                    reason = "finished"
+                except Terminated:
                     saved = self.save()
-                if reason == "terminated":
-                    saved = self.save()
+                    reason = "terminated"
                     self.line.say(f"SIGTERM: saved {saved}; continue with --resume auto")
+        except RuntimeError as error:
+            # torch reports a killed data worker from a signal handler, wherever the main process happens to be
+            explained = explain_dead_worker(error)
+            if explained is error:
+                raise
+            raise explained from error
         finally:
             metrics.write("end", step=self.progress.step, reason=reason, time_s=self.progress.time_s)
             metrics.close()
         return TrainResult(reason, self.progress.step, self.progress.epoch, saved, best)
 
     def _epoch(self, bad: BadBatches, metrics: MetricsWriter, stop: Termination) -> None:
-        """The rest of the current epoch; returns early on SIGTERM, or at the step limit, which also ends the epoch."""
+        """The rest of the current epoch, or up to the step limit.
+
+        Raises:
+            Terminated: SIGTERM came; the state is that after a whole step.
+        """
+        stop.check()
+        if self._at_step_limit():
+            return
         self.model.train()
         progress = self.progress
         mark = time.monotonic()
@@ -351,28 +403,47 @@ class Trainer:
                     data_wait_fraction=window_wait_s / max(window_s, 1e-9),
                 )
                 window_s, window_audio_s, window_wait_s = 0.0, 0.0, 0.0
-            left_s = (self.total_s - progress.consumed_s) * progress.time_s / max(progress.consumed_s, 1e-9)
+            left_s = (1 / max(self._done(), 1e-9) - 1) * progress.time_s
             self.line.show(
                 f"epoch {progress.epoch + 1}/{self.config.max_epochs} step {progress.step} loss {record['loss']:.3f}"
                 f" lr {record['lr']:.1e} norm {record['grad_norm']:.2f} {speed:.0f} audio s/s ETA {clock(left_s)}"
             )
-            if stop.requested:
-                return
-            if self.config.max_steps and progress.step >= self.config.max_steps:
+            stop.check()
+            if self._at_step_limit():
                 break
             if progress.step % self.config.checkpoint_every_steps == 0:
                 self.save()
                 mark = time.monotonic()
-        progress.epoch += 1
-        progress.batch = 0
+        stop.check()
+
+    def _close_epoch(self, metrics: MetricsWriter, stop: Termination) -> Validation | None:
+        """Counts the epoch as done, with its validation if one is due; on SIGTERM it stays open for the resumed run."""
+        progress = self.progress
+        open_at = progress.epoch, progress.batch
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        if progress.epoch % self.config.valid_every_epochs and not self._finished():
+            return None
+        try:
+            return self.validate(metrics, stop)
+        except Terminated:
+            progress.epoch, progress.batch = open_at
+            raise
 
 
 def find_resume(resume: str, out_dir: Path, say: Any = print) -> Path | None:
-    """The checkpoint that ``--resume`` means: "auto" the newest whole one, "none" nothing, else a path."""
+    """The checkpoint that ``--resume`` means: "auto" the newest whole one, "none" nothing, else a path.
+
+    Raises:
+        CheckpointError: "auto", and there are checkpoints, but none is whole.
+    """
     if resume == "none":
         return None
     if resume == "auto":
-        return checkpoint.newest_good(Path(out_dir) / "checkpoints", say)
+        folder = Path(out_dir) / "checkpoints"
+        newest = checkpoint.newest_good(folder, say)
+        if newest is None and checkpoint.step_checkpoints(folder):
+            raise checkpoint.CheckpointError(f"all checkpoints in {folder} are damaged; --resume none starts anew")
+        return newest
     return Path(resume)
 
 
@@ -405,6 +476,8 @@ def train(
     start = find_resume(resume, Path(out_dir), trainer.line.say)
     if start is not None:
         trainer.resume(start)
-    result = trainer.run()
-    write_report(Path(out_dir))
-    return result
+    try:
+        return trainer.run()
+    finally:
+        # a run that failed needs its report most
+        write_report(Path(out_dir))

@@ -41,7 +41,8 @@ class TrainingConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_epochs", "accumulation", "log_every_steps", "valid_every_epochs", "checkpoint_every_steps", "keep_last"):
+        every = ("log_every_steps", "valid_every_epochs", "checkpoint_every_steps")
+        for name in ("max_epochs", "accumulation", *every, "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name}={getattr(self, name)} must be at least 1")
         for name in ("max_steps", "max_bad_batches"):

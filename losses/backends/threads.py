@@ -43,7 +43,8 @@ class _Pool:
 
     def __init__(self) -> None:
         self.reset()
-        os.register_at_fork(after_in_child=self.reset)
+        if hasattr(os, "register_at_fork"):  # not on systems without fork
+            os.register_at_fork(after_in_child=self.reset)
 
     def reset(self) -> None:
         self._lock = threading.Lock()  # a new one: the old one may have been held by another thread at the fork

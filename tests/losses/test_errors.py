@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from losses import TransducerLossOptions, lattice_loss, rnnt_loss, transducer_loss
+from losses import TransducerLossOptions, backends, lattice_loss, rnnt_loss, transducer_loss
 
 B, T, U, V, J = 4, 10, 6, 7, 5
 
@@ -76,8 +77,8 @@ JOINT = [
     (replaced(topology="constrained"),
      r"topology='constrained' does not exist; choose one of: regular, modified"),
     (replaced(reduction="max"), r"reduction='max' does not exist; choose one of: none, sum, mean, mean-per-token"),
-    (replaced(topology="modified", enc_lens=torch.tensor([10, 10, 5, 10])), r"target_lens\[2\]=6 exceeds enc_lens\[2\]=5: "
-     r"topology 'modified' emits at most one token a frame"),
+    (replaced(topology="modified", enc_lens=torch.tensor([10, 10, 5, 10])),
+     r"target_lens\[2\]=6 exceeds enc_lens\[2\]=5: topology 'modified' emits at most one token a frame"),
     (replaced(simple=(torch.zeros(1), torch.zeros(1))), r"simple is not used by method 'batched'"),
     (replaced(memory_limit="1GiB"), r"memory_limit='1GiB' cannot be kept by method 'batched'"),
 ]  # fmt: skip
@@ -170,3 +171,17 @@ def test_padding_of_targets_is_not_checked() -> None:
     arguments["target_lens"][:] = 3
     arguments["targets"][:, 3:] = -100
     assert transducer_loss(**arguments).loss.isfinite()
+
+
+def test_a_backend_that_is_not_installed_is_an_error_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    for module in ("losses.backends.numba_lattice", "losses.backends.threads"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(ImportError, match="backend 'numba' needs numba: pip install numba, or pass backend='torch'"):
+        lattice_loss(**log_probs())
+    assert lattice_loss(**log_probs(), backend="torch").isfinite().all()
+
+
+def test_a_backend_that_cannot_take_the_dtype_is_an_error() -> None:
+    with pytest.raises(ValueError, match="backend='numba' runs on cpu and not in float16"):
+        backends.load("logits", "numba", torch.device("cpu"), torch.float16)

@@ -96,11 +96,19 @@ def read(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]
     """The checked content of a checkpoint file.
 
     Raises:
-        CheckpointError: missing, truncated, corrupt (any record's CRC-32), not ours, or of another format version.
+        CheckpointError: missing, truncated, corrupt (any record's CRC-32), not ours, or of another format version; a
+            file of the same folder that is whole is named.
     """
     path = Path(path)
+    try:
+        return _read(path, map_location)
+    except CheckpointError as err:
+        raise CheckpointError(f"{err}{_neighbour(path)}") from None
+
+
+def _read(path: Path, map_location: str | torch.device) -> dict[str, Any]:
     if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist{_neighbours(path)}")
+        raise CheckpointError(f"checkpoint {path} does not exist")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -111,42 +119,34 @@ def read(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]
         raise CheckpointError(f"checkpoint {path} cannot be read: {err.strerror or err}") from None
     except Exception as err:  # zipfile, pickle and torch each raise their own
         reason = " ".join(str(err).split())[:160]
-        raise CheckpointError(f"checkpoint {path} is corrupt or no checkpoint ({reason}){_neighbours(path)}") from None
+        raise CheckpointError(f"checkpoint {path} is corrupt or no checkpoint ({reason})") from None
     if not isinstance(payload, dict) or "format_version" not in payload:
-        raise CheckpointError(f"{path} is a torch file but no checkpoint of this toolkit{_neighbours(path)}")
+        raise CheckpointError(f"{path} is a torch file but no checkpoint of this toolkit")
     if payload["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
             f"checkpoint {path} has format version {payload['format_version']}, this program reads {FORMAT_VERSION};"
             " use the version of the toolkit that wrote it"
         )
     if missing := KEYS - payload.keys():
-        raise CheckpointError(f"{path} is no checkpoint of this toolkit: it lacks {min(missing)}{_neighbours(path)}")
+        raise CheckpointError(f"{path} is no checkpoint of this toolkit: it lacks {min(missing)}")
     return payload
 
 
 def is_good(path: Path) -> bool:
     """Whether the file passes every check of :func:`read`."""
     try:
-        read(path)
+        _read(path, "cpu")
     except CheckpointError:
         return False
     return True
 
 
-def _neighbours(path: Path) -> str:
+def _neighbour(path: Path) -> str:
     """Names the newest other file of the folder that is whole, for the end of an error message."""
     for other in sorted(path.parent.glob("*.pt"), key=lambda p: p.stat().st_mtime, reverse=True):
-        if other.name != path.name and zipfile.is_zipfile(other) and _crc_ok(other):
+        if other.name != path.name and is_good(other):
             return f"; {other} is whole, use that one"
     return ""
-
-
-def _crc_ok(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:  # a flipped bit can ask zipfile for a password, or for a compression that it does not know
-        return False
 
 
 def experiment_of(payload: dict[str, Any], source: str) -> Experiment:

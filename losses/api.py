@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from losses import backends, batched, shapes
+from losses.options import TransducerLossOptions
 
-# name -> function(enc, pred, weight, bias, targets, lengths, *, activation, topology, blank, fastemit_lambda) -> loss
+# name -> function(enc, pred, weight, bias, targets, lengths, *, activation, topology, blank, options) -> loss
 # [B]
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "batched": batched.batched_loss,
 }
-
-
-@dataclass(frozen=True)
-class TransducerLossOptions:
-    """Choices that change what is learned.
-
-    Args:
-        fastemit_lambda: FastEmit weight, 0 is off; the label part of the gradient is multiplied by 1 + lambda
-            (Yu et al. 2021, eq. 14). Published values are 0.001 to 0.01.
-    """
-
-    fastemit_lambda: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.fastemit_lambda) and self.fastemit_lambda >= 0):
-            raise ValueError(f"fastemit_lambda={self.fastemit_lambda} is not a number from 0 up; pass 0 to turn it off")
 
 
 class TransducerLossOutput(NamedTuple):
@@ -135,7 +118,7 @@ def transducer_loss(
         activation=activation,
         topology=topology,
         blank=blank,
-        fastemit_lambda=options.fastemit_lambda,
+        options=options,
     )
     info = {"method": method, "topology": topology, "cells": lengths.cells, "utterance_loss": loss.detach()}
     return TransducerLossOutput(reduce(loss, lengths.target, reduction), None, info)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from losses import backends, lattice
+from losses.options import TransducerLossOptions
 from losses.shapes import Lengths
 
 ACTIVATIONS = ("tanh", "relu")
@@ -24,11 +25,15 @@ ACTIVATIONS = ("tanh", "relu")
 
 class _LogitsLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, source, targets, lengths, blank, topology, fastemit_lambda, clamp, normalize, backend):
+    def forward(
+        ctx, source, targets, lengths, blank, topology, fastemit_lambda, delay_penalty, clamp, normalize, backend
+    ):
         logits = source.detach()
         kernels = backends.load("logits", backend, logits.device, logits.dtype)
         with torch.autocast(logits.device.type, enabled=False):
             blank_lp, label_lp, normalizer = kernels.gather(logits, targets, lengths, blank, normalize)
+            if delay_penalty:
+                label_lp = penalize_delay(label_lp, lengths, delay_penalty)
             wanted = ctx.needs_input_grad[0]
             nll, blank_occ, label_occ = lattice.forward_backward(
                 blank_lp, label_lp, lengths, topology=topology, backend=backend, occupancies=wanted
@@ -49,7 +54,7 @@ class _LogitsLoss(torch.autograd.Function):
             )
         if torch.is_grad_enabled():
             gradient = lattice.RefuseDoubleBackward.apply(gradient, logits, upstream)
-        return gradient, None, None, None, None, None, None, None, None
+        return gradient, *[None] * 9
 
 
 def logits_loss(
@@ -60,6 +65,7 @@ def logits_loss(
     blank: int,
     topology: str = "regular",
     fastemit_lambda: float = 0.0,
+    delay_penalty: float = 0.0,
     clamp: float = 0.0,
     normalize: bool = True,
     backend: str | None = None,
@@ -69,7 +75,7 @@ def logits_loss(
     clamp > 0 limits each entry of the gradient by the logits to [-clamp, clamp] before the upstream gradient is
     applied. normalize=False takes logits for log-probs and returns the gradient by those.
     """
-    arguments = (lengths, blank, topology, fastemit_lambda, clamp, normalize, backend)
+    arguments = (lengths, blank, topology, fastemit_lambda, delay_penalty, clamp, normalize, backend)
     return _LogitsLoss.apply(logits, targets.long(), *arguments)
 
 
@@ -84,7 +90,7 @@ def batched_loss(
     activation: str,
     topology: str,
     blank: int,
-    fastemit_lambda: float,
+    options: TransducerLossOptions,
 ) -> Tensor:
     """-log P of each utterance [B] from checked inputs: the joiner over all cells, then `logits_loss`."""
     # Zeros in the padding: else a NaN there would meet the gradient's 0 in the weight's matrix product, and 0 * NaN is
@@ -94,7 +100,22 @@ def batched_loss(
     hidden = enc[:, :, None] + pred[:, None]
     hidden = hidden.tanh_() if activation == "tanh" else hidden.relu_()
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    return logits_loss(logits, targets, lengths, blank=blank, topology=topology, fastemit_lambda=fastemit_lambda)
+    return logits_loss(
+        logits,
+        targets,
+        lengths,
+        blank=blank,
+        topology=topology,
+        fastemit_lambda=options.fastemit_lambda,
+        delay_penalty=options.delay_penalty,
+    )
+
+
+def penalize_delay(label_lp: Tensor, lengths: Lengths, delay_penalty: float) -> Tensor:
+    """label_lp [B, T, U] + lambda * ((T_b - 1) / 2 - t): early emissions become more likely (Kang et al. 2023, eq. 4)."""
+    t = torch.arange(label_lp.shape[1], device=label_lp.device, dtype=label_lp.dtype)
+    middle = (torch.tensor(lengths.enc, device=label_lp.device, dtype=label_lp.dtype) - 1) / 2
+    return label_lp + (delay_penalty * (middle[:, None] - t))[:, :, None]
 
 
 def _padding(lens: list[int], like: Tensor) -> Tensor:

@@ -96,12 +96,14 @@ def logits_loss(
     blank: int = 0,
     topology: str = "regular",
     fastemit_lambda: float = 0.0,
+    delay_penalty: float = 0.0,
     clamp: float = 0.0,
     normalize: bool = True,
 ) -> tuple[float, Array]:
     """-log P of one utterance and its gradient by the logits [T, U+1, V], len(targets) = U.
 
     fastemit_lambda: label occupancies times 1 + lambda in the gradient, value unchanged (Yu et al. 2021, eq. 14).
+    delay_penalty: added to the label log-probs of frame t, times (T - 1) / 2 - t (Kang et al. 2023, eq. 4).
     clamp > 0: every entry of the gradient limited to [-clamp, clamp]. normalize=False: logits are log-probs.
     """
     frames, columns, vocab_size = logits.shape
@@ -112,7 +114,12 @@ def logits_loss(
             for u in range(columns):
                 log_probs[t, u] = log_softmax(log_probs[t, u])
     blank_lp = log_probs[:, :, blank]
-    label_lp = np.array([[log_probs[t, u, targets[u]] for u in range(tokens)] for t in range(frames)])
+    label_lp = np.array(
+        [
+            [log_probs[t, u, targets[u]] + delay_penalty * ((frames - 1) / 2 - t) for u in range(tokens)]
+            for t in range(frames)
+        ]
+    )
     nll, blank_occ, label_occ = lattice(blank_lp, label_lp.reshape(frames, tokens), topology)
     gradient = np.zeros(log_probs.shape)
     for t in range(frames):
@@ -143,6 +150,7 @@ def joint_loss(
     topology: str = "regular",
     blank: int = 0,
     fastemit_lambda: float = 0.0,
+    delay_penalty: float = 0.0,
 ) -> JointGradients:
     """A batch through the joiner activation(enc[t] + pred[u]) @ weight.T + bias; gradients of sum(upstream * nll)."""
     batch = enc.shape[0]
@@ -160,7 +168,12 @@ def joint_loss(
                 logits[t, u] = weight @ hidden[t, u] + (0.0 if bias is None else bias)
         labels = [int(y) for y in targets[b, : columns - 1]]
         result.nll[b], gradient = logits_loss(
-            logits, labels, blank=blank, topology=topology, fastemit_lambda=fastemit_lambda
+            logits,
+            labels,
+            blank=blank,
+            topology=topology,
+            fastemit_lambda=fastemit_lambda,
+            delay_penalty=delay_penalty,
         )
         for t in range(frames):
             for u in range(columns):

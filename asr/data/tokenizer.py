@@ -1,4 +1,4 @@
-"""Text to token ids and back: sentencepiece BPE or unigram, characters, words.
+"""Text to token ids and back: sentencepiece BPE or unigram, characters, words, words with ends.
 
 All kinds share one rule for spaces: U+2581 stands for the space before a word, so joining the symbols and replacing
 that sign gives the text. Exported ``tokens.txt`` files rely on it.
@@ -20,7 +20,7 @@ import sentencepiece
 
 from asr.errors import UserError
 
-Kind = Literal["bpe", "unigram", "char", "word"]
+Kind = Literal["bpe", "unigram", "char", "word", "word_end"]
 KINDS: tuple[str, ...] = get_args(Kind)
 BLANK = "<blk>"
 UNKNOWN = "<unk>"
@@ -33,8 +33,12 @@ class TokenizerConfig:
     """What the model writes.
 
     Args:
-        kind: bpe or unigram (pieces of words, by sentencepiece), char (every character), or word (every word).
-        vocab_size: number of tokens with blank and the unknown token, for bpe and unigram; char and word take what the
+        kind: bpe or unigram (pieces of words, by sentencepiece), char (every character), word (every word), or word_end
+            (every word, and a token for its end behind each). A predictor that sees the last few tokens only cannot
+            tell the second of two equal words from the first, so word spreads their emissions over many frames;
+            word_end lets every emission change what the predictor sees. For small closed vocabularies with
+            repetitions, such as digit strings.
+        vocab_size: number of tokens with blank and the unknown token, for bpe and unigram; the others take what the
             training texts hold.
     """
 
@@ -102,6 +106,9 @@ class Tokenizer:
         if config.kind == "word":
             words = {word for line in lines for word in line.split(" ")}
             return Tokenizer("word", [BLANK, *sorted(SPACE + word for word in words)])
+        if config.kind == "word_end":
+            words = {word for line in lines for word in line.split(" ")}
+            return Tokenizer("word_end", [BLANK, SPACE, *sorted(words)])
         return Tokenizer(config.kind, [], _train_sentencepiece(lines, config))
 
     def encode(self, text: str) -> list[int]:
@@ -121,8 +128,12 @@ class Tokenizer:
             return ids
         if not line:
             return []
-        parts = [SPACE + word for word in line.split(" ")] if self.kind == "word" else line.replace(" ", SPACE)
         ids = []
+        parts: Iterable[str] = line.replace(" ", SPACE)
+        if self.kind == "word":
+            parts = [SPACE + word for word in line.split(" ")]
+        elif self.kind == "word_end":
+            parts = [part for word in line.split(" ") for part in (word, SPACE)]
         for part in parts:
             token = self._ids.get(part)
             if token is None:
@@ -166,7 +177,7 @@ class Tokenizer:
             raise ValueError("this is not the state of a tokenizer: it has no kind")
         if state.get("format") != STATE_FORMAT:
             raise ValueError(f"tokenizer format {state.get('format')!r} is unknown; this version reads {STATE_FORMAT}")
-        field = "symbols" if state["kind"] in ("char", "word") else "sentencepiece"
+        field = "sentencepiece" if state["kind"] in ("bpe", "unigram") else "symbols"
         if field not in state:
             raise ValueError(f"the state of a {state['kind']} tokenizer needs {field!r}")
         if field == "symbols":

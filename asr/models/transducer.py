@@ -45,11 +45,13 @@ class LossConfig:
     Args:
         method: a key of losses.LOSSES.
         fastemit_lambda: FastEmit regularisation (Yu et al. 2021); 0 is off.
+        delay_penalty: lambda of the delay-penalized transducer (Kang et al. 2023); 0 is off.
         ctc_weight: the CTC loss enters with this weight, the transducer loss with weight 1; needs ``model.ctc``.
     """
 
     method: str = "batched"
     fastemit_lambda: float = 0.0
+    delay_penalty: float = 0.0
     ctc_weight: float = 0.0
 
 
@@ -113,7 +115,7 @@ class Transducer(nn.Module):
             target_lens,
             method=loss.method,
             reduction="sum",
-            options=TransducerLossOptions(fastemit_lambda=loss.fastemit_lambda),
+            options=TransducerLossOptions(loss.fastemit_lambda, loss.delay_penalty),
         )
 
     def forward(
@@ -154,7 +156,9 @@ def parameter_counts(model: Transducer) -> dict[str, int]:
     """Trainable parameters by part, and their sum under "total"."""
     parts = {"encoder": model.encoder, "predictor": model.predictor, "joiner": model.joiner, "ctc": model.ctc_head}
     counts = {
-        name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items() if part is not None
+        name: sum(p.numel() for p in part.parameters() if p.requires_grad)
+        for name, part in parts.items()
+        if part is not None
     }
     counts["total"] = sum(counts.values())
     return counts

@@ -29,9 +29,7 @@ class BadBatches:
         say: prints a line.
     """
 
-    def __init__(
-        self, folder: Path, allowed: int, count: int, record: Callable[..., None], say: Callable[[str], None]
-    ):
+    def __init__(self, folder: Path, allowed: int, count: int, record: Callable[..., None], say: Callable[[str], None]):
         self.folder = folder
         self.allowed = allowed
         self.count = count
@@ -54,8 +52,8 @@ class BadBatches:
         if self.count > self.allowed:
             raise TooManyBadBatches(
                 f"{self.count} batches had a non-finite loss or gradient and training.max_bad_batches={self.allowed}"
-                f" allows no more; look at the utterances dumped in {self.folder}, or lower optim.lr or optim.clip_grad_norm,"
-                " then go on with --resume auto"
+                f" allows no more; look at the utterances dumped in {self.folder}, or lower optim.lr or"
+                " optim.clip_grad_norm, then go on with --resume auto"
             )
 
 

@@ -17,7 +17,7 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:
-    """"auto" to "bf16" or "fp32"; anything else as it is."""
+    """ "auto" to "bf16" or "fp32"; anything else as it is."""
     if wanted != "auto":
         return wanted
     return "bf16" if has_native_bf16(device) else "fp32"

@@ -163,15 +163,11 @@ def line_chart(chart: Chart, points: int) -> str:
         x, y = thin(series.x, series.y, points)
         shapes.append(_path(series, x, y, x_scale, y_scale))
         if not series.faint:
-            data.append(
-                {"name": series.name, "c": series.colour, "x": _digits(x), "y": _digits(y), "u": chart.unit}
-            )
+            data.append({"name": series.name, "c": series.colour, "x": _digits(x), "y": _digits(y), "u": chart.unit})
     for x_mark, label in chart.marks[:200]:
         left = round(100 * x_scale(x_mark), 2)
         if 0 <= left <= 100:
-            shapes.append(
-                f'<path class="mark" d="M{left * 10:g} 0V70"><title>{text(label)}</title></path>'
-            )
+            shapes.append(f'<path class="mark" d="M{left * 10:g} 0V70"><title>{text(label)}</title></path>')
     frame = {"x": chart.x_label, "lo": x_scale.low, "hi": x_scale.high, "yl": y_scale.low, "yh": y_scale.high,
              "log": int(chart.log_y), "least": 0.005 if chart.at_peaks else None, "s": data}  # fmt: skip
     return _figure(chart, _plot(shapes, x_scale, y_scale, chart), json.dumps(frame, separators=(",", ":")))

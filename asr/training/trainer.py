@@ -157,7 +157,8 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 f"checkpoint {path} was trained with another tokenizer of the same size; pass that one"
             )
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        variable = ("params", "lr")
+        settings = [{k: v for k, v in group.items() if k not in variable} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(payload["training"]["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)  # the configuration decides, not what it was when the checkpoint was written
@@ -321,6 +322,9 @@ class Trainer:
         """Trains to the end, or until SIGTERM; either way the newest state is on disk afterwards."""
         for path in checkpoint.set_aside_later(self.checkpoints, self.progress.step):
             self.line.say(f"warning: a checkpoint of a later step than this run's is set aside as {path}")
+        best_path = self.out_dir / "best.pt"
+        if self.progress.step == 0 and best_path.is_file():  # another run's; averaging would take it for a candidate
+            best_path.replace(best_path.with_name("best.pt.old"))
         (self.out_dir / "config.yaml").write_text(dump(self.experiment), encoding="utf-8")
         metrics = MetricsWriter(self.out_dir, self.config.tensorboard)
         counts = parameter_counts(self.model)

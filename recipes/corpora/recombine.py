@@ -114,13 +114,16 @@ class Recombiner:
     ) -> Iterator[Recombined]:
         """``count`` recordings of random words in random number; every piece of a word is used about equally often.
 
-        Short ones matter: which sound is which word is learnt from them at once, while long ones alone leave a loss
-        that sums over all alignments on a plateau for thousands of steps.
+        A number of n words is drawn with a probability in proportion to 1 / n. Short recordings matter: which sound is
+        which word is learnt from them at once, while long ones alone leave a loss that sums over all alignments on a
+        plateau for thousands of steps.
         """
         vocabulary = sorted(self._units)
+        lengths = np.arange(min_words, max_words + 1)
+        shares = (1 / lengths) / (1 / lengths).sum()
         decks: dict[str, list[int]] = {word: [] for word in vocabulary}
         for _ in range(count):
-            words = [vocabulary[i] for i in rng.integers(0, len(vocabulary), rng.integers(min_words, max_words + 1))]
+            words = [vocabulary[i] for i in rng.integers(0, len(vocabulary), int(rng.choice(lengths, p=shares)))]
             pieces, sources = [self._silence(rng, 0.2, 1.0)], []
             for position, word in enumerate(words):
                 if not decks[word]:

@@ -37,7 +37,7 @@ class Options:
     num_recombined: training recordings of 1 to 10 words put together from the words of the real ones; 0 for none.
     """
 
-    num_recombined: int = 500
+    num_recombined: int = 700
 
     def __post_init__(self) -> None:
         if self.num_recombined < 0:

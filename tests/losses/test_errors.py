@@ -94,9 +94,10 @@ def test_transducer_loss(change: Callable[[dict[str, Any]], None], message: str)
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
-def test_fastemit_lambda(value: float) -> None:
-    with pytest.raises(ValueError, match="fastemit_lambda=.* is not a number from 0 up"):
-        TransducerLossOptions(fastemit_lambda=value)
+def test_options_out_of_range(value: float) -> None:
+    for name in ("fastemit_lambda", "delay_penalty"):
+        with pytest.raises(ValueError, match=f"{name}=.* is not a number from 0 up"):
+            TransducerLossOptions(**{name: value})
 
 
 def logits() -> dict[str, Any]:

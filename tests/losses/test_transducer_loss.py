@@ -56,13 +56,16 @@ def test_mean_per_token_without_tokens_divides_by_one(method: str) -> None:
 
 @each_method
 @pytest.mark.parametrize("topology", ["regular", "modified"])
-def test_fastemit(topology: str, method: str) -> None:
+@pytest.mark.parametrize(
+    "chosen", [{"fastemit_lambda": 0.3}, {"delay_penalty": 0.2}, {"fastemit_lambda": 0.1, "delay_penalty": 0.05}]
+)
+def test_options(topology: str, method: str, chosen: dict[str, float]) -> None:
     problem = make(topology, "ragged")
-    options = TransducerLossOptions(fastemit_lambda=0.3)
+    options = TransducerLossOptions(**chosen)
     loss = transducer_loss(
         *problem.arguments(), method=method, topology=topology, reduction="none", options=options
     ).loss
-    expected = problem.expected(fastemit_lambda=0.3)
+    expected = problem.expected(**chosen)
     (loss * problem.upstream).sum().backward()
     assert_close(loss, expected.nll)
     for tensor, gradient in zip(problem.parameters, expected[1:], strict=True):

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def rotary_tables(start: int, length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    start: int, length: int, head_dim: int, device: torch.device, base: float = 10000.0
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotation angles (Su et al. 2021, RoFormer, eq. 34).
 
     Only differences of positions enter an attention score, so a stream may number its window from any start.

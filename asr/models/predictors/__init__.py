@@ -19,6 +19,7 @@ class PredictorConfig:
         context_size: tokens that the stateless predictor sees.
         num_layers: layers of the LSTM.
         dropout: probability, on the embeddings.
+        context_dropout: probability that a training utterance is predicted without its token context ("stateless" only).
     """
 
     kind: Literal["stateless", "lstm"] = "stateless"
@@ -26,10 +27,19 @@ class PredictorConfig:
     context_size: int = 2
     num_layers: int = 1
     dropout: float = 0.1
+    context_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.context_dropout < 1.0:
+            raise ValueError(f"model.predictor.context_dropout={self.context_dropout} is outside [0, 1)")
+        if self.context_dropout and self.kind != "stateless":
+            raise ValueError(f"model.predictor.context_dropout needs kind=stateless, not {self.kind}; set it to 0")
+        if self.context_size < 1:
+            raise ValueError(f"model.predictor.context_size={self.context_size} must be at least 1")
 
 
 def _stateless(config: PredictorConfig, vocab_size: int) -> StatelessPredictor:
-    return StatelessPredictor(vocab_size, config.dim, config.context_size, config.dropout)
+    return StatelessPredictor(vocab_size, config.dim, config.context_size, config.dropout, config.context_dropout)
 
 
 def _lstm(config: PredictorConfig, vocab_size: int) -> LstmPredictor:

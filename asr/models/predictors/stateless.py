@@ -22,11 +22,16 @@ class StatelessPredictor(nn.Module):
 
     The start context is [-1, ..., -1, 0]: no tokens, then blank, as device runtimes begin; -1 embeds to zeros (clamped
     and masked, because an exported Embedding would read its last row).
+
+    ``context_dropout`` hides the whole context of an utterance with this probability while training. The context of a
+    run of equal tokens is the same before and after each of them, so it cannot say whether a token is still due; an
+    encoder that must often do without it learns to mark each token at one frame.
     """
 
-    def __init__(self, vocab_size: int, dim: int, context_size: int, dropout: float):
+    def __init__(self, vocab_size: int, dim: int, context_size: int, dropout: float, context_dropout: float):
         super().__init__()
         self.context_size = context_size
+        self.context_dropout = context_dropout
         self.embedding = nn.Embedding(vocab_size, dim)
         self.mix = nn.Linear(context_size * dim, dim)
         self.dropout = Dropout(dropout)
@@ -41,6 +46,9 @@ class StatelessPredictor(nn.Module):
         start = targets.new_full((targets.shape[0], self.context_size), -1)
         start[:, -1] = 0
         padded = torch.cat([start, targets], dim=1)
+        if self.training and self.context_dropout > 0:
+            hidden = torch.rand(targets.shape[0], 1, device=targets.device) < self.context_dropout
+            padded = padded.masked_fill(hidden, -1)
         return self._embed(padded.unfold(1, self.context_size, 1))
 
     def init_state(self, batch_size: int, device: torch.device | str = "cpu") -> StatelessState:

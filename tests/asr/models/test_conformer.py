@@ -13,7 +13,9 @@ from asr.models.layers.subsampling import subsampled_lens
 
 def make(**kwargs: object) -> Conformer:
     torch.manual_seed(0)
-    config = ConformerConfig(dim=32, num_layers=2, num_heads=4, ff_dim=64, conv_kernel=7, subsampling_channels=4, **kwargs)
+    config = ConformerConfig(
+        dim=32, num_layers=2, num_heads=4, ff_dim=64, conv_kernel=7, subsampling_channels=4, **kwargs
+    )
     mean, scale = torch.randn(80), torch.rand(80) + 0.5
     return Conformer(config, 80, mean, scale).eval()
 

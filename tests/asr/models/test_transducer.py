@@ -54,7 +54,9 @@ def _batch() -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("kind", list(PREDICTORS))
 def test_batch_loss_is_the_sum_of_its_utterances(kind: str) -> None:
-    experiment = from_dict({"model": {"preset": "xs", "ctc": True, "predictor": {"kind": kind}}, "loss": {"ctc_weight": 0.3}})
+    experiment = from_dict(
+        {"model": {"preset": "xs", "ctc": True, "predictor": {"kind": kind}}, "loss": {"ctc_weight": 0.3}}
+    )
     model = Transducer(experiment.model, 7).eval()
     features, feature_lens, targets, target_lens = _batch()
     together = model(features, feature_lens, targets, target_lens, experiment.loss)
@@ -75,8 +77,12 @@ def test_ctc_weight_without_a_head_is_refused() -> None:
 
 
 def test_gradients_reach_every_parameter() -> None:
-    experiment = from_dict({"model": {"preset": "xs", "ctc": True}, "loss": {"ctc_weight": 0.3, "fastemit_lambda": 0.01}})
+    experiment = from_dict(
+        {"model": {"preset": "xs", "ctc": True}, "loss": {"ctc_weight": 0.3, "fastemit_lambda": 0.01}}
+    )
     model = Transducer(experiment.model, 7)
     model(*_batch(), experiment.loss).loss.backward()
-    silent = [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all() or not p.grad.any()]
+    silent = [
+        n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all() or not p.grad.any()
+    ]
     assert silent == []

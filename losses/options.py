@@ -1,0 +1,27 @@
+"""Choices that change what a transducer loss teaches, each with its paper."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TransducerLossOptions:
+    """Choices that change what is learned.
+
+    Args:
+        fastemit_lambda: FastEmit weight, 0 is off; the label part of the gradient is multiplied by 1 + lambda
+            (Yu et al. 2021, eq. 14). Published values are 0.001 to 0.01.
+        delay_penalty: lambda of the delay-penalized transducer, 0 is off; lambda * ((T - 1) / 2 - t) is added to the
+            label log-probs of frame t (Kang et al. 2023, eq. 4). Published values are 0.0015 to 0.006.
+    """
+
+    fastemit_lambda: float = 0.0
+    delay_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.fastemit_lambda) and self.fastemit_lambda >= 0):
+            raise ValueError(f"fastemit_lambda={self.fastemit_lambda} is not a number from 0 up; pass 0 to turn it off")
+        if not (math.isfinite(self.delay_penalty) and self.delay_penalty >= 0):
+            raise ValueError(f"delay_penalty={self.delay_penalty} is not a number from 0 up; pass 0 to turn it off")

@@ -1,0 +1,137 @@
+"""From checkpoints to the model that decodes: every candidate is scored, validation alone decides."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import asr.training.averaging as averaging
+from asr import checkpoint
+from asr.data.loader import eval_loader
+from asr.errors import UserError
+from asr.training.averaging import average
+from asr.training.trainer import TrainData, train
+from asr.training.trainer_config import AverageConfig
+from asr.training.validation import Validation, validate
+from tests.asr.training.runs import TOKENIZER, differences, experiment, read_data, write_data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrainData:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return read_data(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(data: TrainData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trained")
+    train(experiment("training.max_epochs=3", "training.keep_last=4", "training.ema_decay=0.8"), data, out)
+    return out
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "train"))
+
+
+def weights_of(folder: Path, count: int) -> dict[str, torch.Tensor]:
+    paths = checkpoint.step_checkpoints(folder / "checkpoints")[-count:]
+    return checkpoint.average_weights(checkpoint.read(path)["model"] for path in paths)
+
+
+def expected_weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    newest = checkpoint.read(checkpoint.step_checkpoints(folder / "checkpoints")[-1])
+    return {
+        "last-1": newest["model"],
+        "last-3": weights_of(folder, 3),
+        "ema": newest["training"]["ema"],
+        "best": checkpoint.read(folder / "best.pt")["model"],
+    }
+
+
+def test_every_candidate_is_scored_with_its_own_weights(data: TrainData, folder: Path) -> None:
+    path, candidates = average(folder, data.valid_cuts, say=lambda text: None)
+    assert {c.name for c in candidates} == {"last-1", "last-3", "ema", "best"}
+    assert [c.validation.rank for c in candidates] == sorted(c.validation.rank for c in candidates)
+    expected = expected_weights(folder)
+    for candidate in candidates:
+        loaded = checkpoint.load(path)
+        loaded.model.load_state_dict(expected[candidate.name])
+        batches = eval_loader(data.valid_cuts, TOKENIZER, loaded.config.data)
+        own = validate(loaded.model, batches, TOKENIZER, loaded.config.decoding, torch.device("cpu"))
+        assert (own.errors, own.words) == (candidate.validation.errors, candidate.validation.words)
+        assert own.loss == pytest.approx(candidate.validation.loss, rel=1e-5)
+    assert len({c.validation.loss for c in candidates}) >= 3
+    assert differences(checkpoint.read(path)["model"], expected[candidates[0].name]) == []
+
+
+@pytest.mark.parametrize("wanted", ["last-1", "last-3", "ema", "best"])
+def test_validation_alone_decides(data: TrainData, folder: Path, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = expected_weights(folder)[wanted]
+    seen: list[list[str]] = []
+
+    def scored(model: Any, batches: Any, *args: Any) -> Validation:
+        seen.append([cut_id for batch in batches for cut_id in batch.cut_ids])
+        right = differences(model.state_dict(), expected) == []
+        return Validation(5.0 if right else 1.0, 3 if right else 4, 10)
+
+    monkeypatch.setattr(averaging, "validate", scored)
+    path, candidates = average(folder, data.valid_cuts, say=lambda text: None)
+    # best may hold the same weights as the moving average
+    assert wanted in [c.name for c in candidates if c.validation.errors == 3]
+    assert differences(checkpoint.read(path)["model"], expected) == []
+    assert [sorted(ids) for ids in seen] == [sorted(cut.id for cut in data.valid_cuts)] * 4
+
+
+def test_the_file_is_for_decoding(data: TrainData, folder: Path) -> None:
+    path, candidates = average(folder, data.valid_cuts, say=lambda text: None)
+    assert path == folder / "average.pt"
+    payload = torch.load(path, weights_only=True)
+    assert "training" not in payload and payload["averaged"] == candidates[0].name
+    newest = checkpoint.step_checkpoints(folder / "checkpoints")[-1]
+    assert path.stat().st_size < 0.5 * newest.stat().st_size, "there is optimizer state in it"
+    loaded = checkpoint.load(path)
+    assert not loaded.model.training and loaded.tokenizer.symbols == TOKENIZER.symbols
+    assert loaded.config == checkpoint.experiment_of(payload, "")
+
+
+def test_only_what_is_asked_for(data: TrainData, folder: Path) -> None:
+    said: list[str] = []
+    config = AverageConfig(last=[2, 100, 200], ema=False, best=False)
+    _, candidates = average(folder, data.valid_cuts, config, say=said.append)
+    assert {c.name for c in candidates} == {"last-2", "last-4"}, "fewer checkpoints than asked for are taken once"
+    assert any("chosen: " + candidates[0].name in line for line in said)
+    with pytest.raises(UserError, match="average.last is empty"):
+        average(folder, data.valid_cuts, AverageConfig(last=[], ema=False, best=False), say=said.append)
+
+
+def test_damaged_files_are_left_out_with_a_warning(data: TrainData, folder: Path) -> None:
+    files = checkpoint.step_checkpoints(folder / "checkpoints")
+    os.truncate(files[-1], 3000)
+    os.truncate(folder / "best.pt", 3000)
+    said: list[str] = []
+    path, candidates = average(folder, data.valid_cuts, AverageConfig(last=[1]), say=said.append)
+    assert {c.name for c in candidates} == {"last-1", "ema"}
+    warnings = " ".join(line for line in said if line.startswith("warning:"))
+    assert files[-1].name in warnings and "best.pt" in warnings
+    assert checkpoint.read(path)["step"] == int(files[-2].stem.split("-")[1])
+
+
+def test_nothing_to_average(data: TrainData, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no whole checkpoint in .*checkpoints; run the train stage first"):
+        average(tmp_path, data.valid_cuts)
+
+
+def test_a_loss_that_is_not_finite_is_never_chosen(
+    data: TrainData, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([Validation(float("nan"), 0, 10), Validation(9.0, 10, 10), Validation(float("inf"), 0, 10)])
+    monkeypatch.setattr(averaging, "validate", lambda *args: next(scores))
+    _, candidates = average(folder, data.valid_cuts, AverageConfig(last=[1, 2], best=False), say=lambda text: None)
+    assert candidates[0].name == "last-2"

@@ -1,0 +1,636 @@
+"""The training loop on a few short utterances: steps, limits, metrics, bad batches, signals, resuming, what is kept."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lhotse import CutSet
+
+import asr.training.trainer as trainer_module
+from asr import checkpoint
+from asr.checkpoint import CheckpointError, step_checkpoints
+from asr.config import load_experiment
+from asr.data.batch import Batch, collate
+from asr.data.loader import train_loader
+from asr.data.tokenizer import Tokenizer, TokenizerConfig
+from asr.errors import UserError
+from asr.training.faults import BadBatches, TooManyBadBatches
+from asr.training.metrics import MetricsWriter
+from asr.training.trainer import TrainData, Trainer, TrainResult, train
+from tests.asr.data.speech import WORDS
+from tests.asr.training.runs import (
+    DURATIONS_S,
+    NO_DROPOUT,
+    SETTINGS,
+    TOKENIZER,
+    differences,
+    experiment,
+    make_trainer,
+    newest,
+    read_data,
+    records,
+    spoil,
+    write_data,
+)
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> TrainData:
+    return read_data(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(data: TrainData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs; tests only read it, or copy it."""
+    out = tmp_path_factory.mktemp("finished")
+    assert run(data, out).reason == "finished"
+    return out
+
+
+def run(data: TrainData, out: Path, *settings: str, resume: str = "auto") -> TrainResult:
+    return train(experiment(*settings), data, out, resume=resume, command="asr train --config a.yaml")
+
+
+def allow(trainer: Trainer, count: int = 0) -> BadBatches:
+    return BadBatches(trainer.out_dir / "bad_batches", count, 0, lambda **fields: None, trainer.line.say)
+
+
+def state_of(out: Path) -> dict[str, Any]:
+    """The newest checkpoint without the time it took."""
+    payload = newest(out)
+    del payload["training"]["progress"]["time_s"]
+    return payload
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+def merge(first: Batch, second: Batch) -> Batch:
+    rows = [(b, i) for b in (first, second) for i in range(b.size)]
+    return collate(
+        [b.features[i, : b.feature_lens[i]].numpy() for b, i in rows],
+        [b.targets[i, : b.target_lens[i]].tolist() for b, i in rows],
+        *(sum((getattr(b, name) for b in (first, second)), []) for name in ("cut_ids", "texts", "durations_s")),
+    )
+
+
+@pytest.mark.parametrize("normalize", ["tokens", "utterances"])
+def test_accumulation_equals_one_batch_of_twice_the_size(data: TrainData, tmp_path: Path, normalize: str) -> None:
+    # a large eps, so that Adam's first step is smooth in gradients that are zero but for rounding
+    settings = [
+        *NO_DROPOUT,
+        f"training.normalize={normalize}",
+        "optim.eps=0.01",
+        "optim.warmup_steps=0",
+        "optim.lr=0.1",
+    ]
+    config = experiment(*settings, "model.ctc=true", "loss.ctc_weight=0.5")
+    loader = train_loader(data.train_cuts, TOKENIZER, config.data, seed=0, epoch=0)
+    first, *_, second = sorted(loader, key=lambda batch: batch.features.shape[1])
+    assert first.features.shape[1] < second.features.shape[1] and first.targets.shape != second.targets.shape
+    results = []
+    for batches in ([first, second], [merge(first, second)]):
+        trainer = make_trainer(config, data, tmp_path)
+        before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        record = trainer.step(batches, allow(trainer))
+        gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
+        results.append((record, gradients, trainer.model.state_dict(), trainer.ema.weights))
+        assert (trainer.progress.step, trainer.progress.batch) == (1, len(batches))
+    (record, *trees), (other, *others) = results
+    assert record == pytest.approx(other)
+    assert record["grad_norm"] > 0.1
+    for left, right in zip(trees, others, strict=True):
+        for name, value in left.items():
+            torch.testing.assert_close(value, right[name], rtol=1e-6, atol=1e-6, msg=name)
+    assert max((trees[1][name] - value).abs().max() for name, value in before.items()) > 0.01
+
+
+def test_the_gradient_is_clipped_and_its_norm_is_that_before(data: TrainData, tmp_path: Path) -> None:
+    config = experiment("optim.clip_grad_norm=0.01")
+    trainer = make_trainer(config, data, tmp_path)
+    batch = next(iter(train_loader(data.train_cuts, TOKENIZER, config.data, seed=0, epoch=0)))
+    record = trainer.step([batch], allow(trainer))
+    norm = math.sqrt(sum(float((p.grad**2).sum()) for p in trainer.model.parameters()))
+    assert norm == pytest.approx(0.01, rel=1e-3) and record["grad_norm"] > 0.1
+
+
+def test_the_loss_falls(finished: Path, data: TrainData, tmp_path: Path) -> None:
+    run(data, tmp_path, "training.max_epochs=12", "optim.lr=0.01", *NO_DROPOUT)
+    losses = [r["loss"] for r in records(tmp_path, "train")]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_bf16_runs_on_this_cpu(data: TrainData, tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        run(data, out, f"training.precision={precision}", "training.max_steps=2", *NO_DROPOUT)
+        assert records(out, "start")[0]["precision"] == precision
+        assert {v.dtype for v in newest(out)["model"].values()} == {torch.float32}
+        losses[precision] = [r["loss"] for r in records(out, "train")]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+    assert losses["bf16"] != losses["fp32"]
+
+
+# -- length and learning rate -----------------------------------------------------------------------------------------
+
+
+def test_max_steps_ends_the_run_within_an_epoch(data: TrainData, tmp_path: Path) -> None:
+    result = run(data, tmp_path, "training.max_steps=3", "optim.final_lr_ratio=0.1", "optim.lr=0.001")
+    assert (result.reason, result.step) == ("finished", 3)
+    assert [r["step"] for r in records(tmp_path, "train")] == [1, 2, 3]
+    assert [r["step"] for r in records(tmp_path, "valid")] == [3]
+    assert result.checkpoint == tmp_path / "checkpoints" / "step-00000003.pt" and result.checkpoint.is_file()
+    cosine = 1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * 2 / 3)) / 2)
+    assert records(tmp_path, "train")[-1]["lr"] == pytest.approx(cosine)
+
+
+def test_the_limit_that_comes_first_decides_the_learning_rate(finished: Path, data: TrainData, tmp_path: Path) -> None:
+    run(data, tmp_path, "training.max_steps=100000")
+    assert [r["lr"] for r in records(tmp_path, "train")] == [r["lr"] for r in records(finished, "train")]
+
+
+def test_stored_features_use_all_audio_once_an_epoch(finished: Path) -> None:
+    progress = newest(finished)["training"]["progress"]
+    assert progress["consumed_s"] == pytest.approx(2 * sum(DURATIONS_S))
+    assert (progress["epoch"], progress["batch"]) == (2, 0)
+
+
+def test_on_the_fly_reaches_the_end_of_its_learning_rate(data: TrainData, tmp_path: Path) -> None:
+    cuts = CutSet.from_cuts(cut.drop_features() for cut in data.train_cuts)
+    augment = "data.augment={speed_factors: [0.8, 1.0, 1.25], copies: 2, volume_db: 3, noise_prob: 0.5}"
+    config = experiment("data.features.storage=on_the_fly", augment, "training.ema_decay=0")
+    trainer = make_trainer(config, TrainData(cuts, data.valid_cuts, TOKENIZER), tmp_path)
+    trainer.run()
+    assert trainer.progress.consumed_s == pytest.approx(trainer.total_s, rel=1e-4)
+    epochs_s = 2 * 2 * (1 / 0.8 + 1 + 1 / 1.25) * sum(DURATIONS_S)
+    assert trainer.total_s == pytest.approx(epochs_s)
+    last = records(tmp_path, "train")[-1]
+    before_last = 1 - last["batch_seconds"] / epochs_s
+    ratio = 0.02 + 0.98 * (1 + math.cos(math.pi * before_last)) / 2
+    assert last["lr"] == pytest.approx(2e-3 * ratio, rel=1e-2)
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+NUMBER = (int, float)
+SCHEMA: dict[str, dict[str, Any]] = {
+    "start": {"command": str, "parameters": int, "device": str, "torch": str, "precision": str, "threads": int,
+              "python": str, "machine": str, "train_cuts": int, "seed": int},
+    "train": {"step": int, "epoch": int, "batch": int, "time_s": float, "loss": float, "transducer_loss": float,
+              "ctc_loss": type(None), "lr": float, "grad_norm": float, "batch_seconds": float, "batch_size": int,
+              "audio_s_per_s": float, "data_wait_fraction": float},
+    "valid": {"step": int, "epoch": int, "time_s": float, "loss": float, "wer": float, "errors": int, "words": int},
+    "end": {"step": int, "reason": str, "time_s": float},
+}  # fmt: skip
+
+
+def test_metrics_have_the_promised_form(finished: Path) -> None:
+    lines = records(finished)
+    assert [line["kind"] for line in lines[:2]] == ["start", "train"] and lines[-1]["kind"] == "end"
+    for line in lines:
+        expected = SCHEMA[line.pop("kind")]
+        assert line.keys() == expected.keys()
+        assert {name: type(value) for name, value in line.items()} == expected
+    trained = records(finished, "train")
+    assert [r["step"] for r in trained] == list(range(1, len(trained) + 1))
+    for epoch in (0, 1):
+        own = [r for r in trained if r["epoch"] == epoch]
+        assert [r["batch"] for r in own] == list(range(1, len(own) + 1))
+        assert sum(r["batch_size"] for r in own) == len(DURATIONS_S)
+        assert sum(r["batch_seconds"] for r in own) == pytest.approx(sum(DURATIONS_S))
+    assert [r["epoch"] for r in records(finished, "valid")] == [1, 2]
+    assert all(0 <= r["data_wait_fraction"] <= 1 for r in trained)
+    times = [r["time_s"] for r in trained]
+    assert times == sorted(times) and times[0] > 0
+    assert records(finished, "end") == [
+        {"kind": "end", "step": len(trained), "reason": "finished", "time_s": times[-1]}
+    ]
+    assert (finished / "report.html").is_file()
+    assert load_experiment(finished / "config.yaml") == experiment()
+
+
+def test_ctc_and_the_interval_of_metrics(data: TrainData, tmp_path: Path) -> None:
+    run(
+        data,
+        tmp_path,
+        "model.ctc=true",
+        "loss.ctc_weight=0.3",
+        "training.log_every_steps=3",
+        "training.tensorboard=true",
+    )
+    trained = records(tmp_path, "train")
+    assert [r["step"] for r in trained] == [s for s in range(1, trained[-1]["step"] + 1) if s % 3 == 0]
+    for r in trained:
+        assert r["loss"] == pytest.approx(r["transducer_loss"] + 0.3 * r["ctc_loss"], rel=1e-5) and r["ctc_loss"] > 0
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_a_line_that_was_cut_does_not_swallow_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "st')
+    for step in (1, 2):
+        writer = MetricsWriter(tmp_path, False)
+        writer.write("end", step=step)
+        writer.close()
+    ends = [f'{{"kind": "end", "step": {step}}}' for step in (1, 2)]
+    assert path.read_text().splitlines() == ['{"kind": "train", "st', *ends]
+
+
+# -- batches that break a step ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoiled(folder: Path, tmp_path: Path) -> TrainData:
+    """Cuts of which train004 has features that are no numbers."""
+    copy = tmp_path / "spoiled"
+    copy.mkdir()
+    write_data(copy)
+    data = read_data(copy)
+    spoil(data.train_cuts, "train004")
+    return data
+
+
+CLEAN = "data.spec_augment.prob=0"  # masks could hide the bad values
+
+
+def test_a_bad_batch_is_skipped_and_named(spoiled: TrainData, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(spoiled, out, CLEAN, "training.max_bad_batches=2").reason == "finished"
+    bad = records(out, "bad_batch")
+    assert len(bad) == 2
+    by_step = {r["step"]: r for r in records(out, "train")}
+    for record in bad:
+        assert "train004" in record["cut_ids"] and "nan" in record["reason"]
+        assert by_step[record["step"]]["loss"] is None
+        dump = torch.load(record["dump"], weights_only=True)
+        assert dump["cut_ids"] == record["cut_ids"] and dump["step"] == record["step"]
+        rows = dump["features"].isnan().any(-1).any(-1)
+        assert [cut_id for cut_id, row in zip(dump["cut_ids"], rows, strict=True) if row] == ["train004"]
+    finite = [r for r in by_step.values() if r["loss"] is not None]
+    assert len(finite) == len(by_step) - 2
+    payload = newest(out)
+    for weights in (payload["model"], payload["training"]["ema"]):
+        assert all(bool(v.isfinite().all()) for v in weights.values())
+    assert payload["training"]["progress"]["bad_batches"] == 2
+
+
+def test_too_many_bad_batches_stop_the_run(spoiled: TrainData, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(TooManyBadBatches) as caught:
+        run(spoiled, out, CLEAN, "training.max_bad_batches=1")
+    message = str(caught.value)
+    for part in ("2 batches", "training.max_bad_batches=1", str(out / "bad_batches"), "--resume auto"):
+        assert part in message
+    assert records(out, "end")[-1]["reason"] == "failed"
+    assert "train004" in (out / "report.html").read_text(encoding="utf-8")
+    assert len(list((out / "bad_batches").glob("*.pt"))) == 2
+    assert step_checkpoints(out / "checkpoints"), "the checkpoints before are kept"
+    # what was counted before the newest checkpoint still counts
+    with pytest.raises(TooManyBadBatches, match="2 batches"):
+        run(spoiled, out, CLEAN, "training.max_bad_batches=1")
+
+
+def test_in_an_accumulated_step_only_the_bad_batch_is_left_out(spoiled: TrainData, tmp_path: Path) -> None:
+    config = experiment(*NO_DROPOUT, "training.accumulation=2")
+    batches = list(train_loader(spoiled.train_cuts, TOKENIZER, config.data, seed=0, epoch=0))
+    bad = next(b for b in batches if "train004" in b.cut_ids)
+    good = next(b for b in batches if b is not bad)
+    trainer, alone = (make_trainer(config, spoiled, tmp_path / name) for name in ("both", "alone"))
+    record = trainer.step([bad, good], allow(trainer, 1))
+    expected = alone.step([good], allow(alone))
+    assert record["loss"] == pytest.approx(expected["loss"]) and math.isfinite(record["grad_norm"])
+    assert trainer.progress.bad_batches == 1 and (trainer.progress.step, trainer.progress.batch) == (1, 2)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(data: TrainData, tmp_path: Path) -> None:
+    trainer = make_trainer(experiment("training.accumulation=2"), data, tmp_path)
+    step = trainer.progress
+    trainer.model.joiner.out.bias.register_hook(lambda g: g * math.inf if step.step == 1 else g)
+    batches = list(train_loader(data.train_cuts, TOKENIZER, trainer.experiment.data, seed=0, epoch=0))
+    bad = allow(trainer, 2)
+    trainer.step(batches[:2], bad)
+
+    def state() -> Any:
+        moments = trainer.optimizer.state_dict()["state"]
+        return {"model": trainer.model.state_dict(), "ema": trainer.ema.weights, "moments": moments}
+
+    before = {name: torch.load(_saved(value, tmp_path), weights_only=True) for name, value in state().items()}
+    record = trainer.step(batches[2:4], bad)
+    assert not math.isfinite(record["grad_norm"]) and math.isfinite(record["loss"])
+    assert bad.count == 2 and differences(before, state()) == []
+    dumps = [torch.load(path, weights_only=True) for path in sorted((tmp_path / "bad_batches").glob("*.pt"))]
+    assert [d["cut_ids"] for d in dumps] == [b.cut_ids for b in batches[2:4]]
+    assert all("gradient" in d["reason"] for d in dumps)
+    record = trainer.step(batches[:2], bad)
+    assert math.isfinite(record["grad_norm"]) and differences(before, state()) != []
+
+
+def _saved(value: Any, folder: Path) -> Path:
+    path = folder / "value.pt"
+    torch.save(value, path)
+    return path
+
+
+def test_a_batch_is_counted_once_when_loss_and_gradient_are_bad(spoiled: TrainData, tmp_path: Path) -> None:
+    config = experiment(*NO_DROPOUT)
+    batches = list(train_loader(spoiled.train_cuts, TOKENIZER, config.data, seed=0, epoch=0))
+    bad = next(b for b in batches if "train004" in b.cut_ids)
+    good = next(b for b in batches if b is not bad)
+    trainer = make_trainer(config, spoiled, tmp_path)
+    trainer.model.joiner.out.bias.register_hook(lambda g: g * math.nan)
+    counter = allow(trainer, 2)
+    trainer.step([bad, good], counter)
+    assert counter.count == 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_failure_while_loading_ends_the_run_in_order(folder: Path, tmp_path: Path, workers: int) -> None:
+    data = read_data(folder)
+    for cut in data.train_cuts:
+        cut.features.storage_path = str(tmp_path / "gone")
+    with pytest.raises(UserError, match="gone.*run the features stage"):
+        run(data, tmp_path, f"data.num_workers={workers}")
+    assert records(tmp_path, "end")[-1]["reason"] == "failed"
+    assert (tmp_path / "report.html").is_file()
+
+
+# -- SIGTERM ----------------------------------------------------------------------------------------------------------
+
+
+def after_step(*numbers: int) -> Callable[[pytest.MonkeyPatch], None]:
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        real = Trainer.step
+
+        def step(self: Trainer, *args: Any) -> Any:
+            record = real(self, *args)
+            if self.progress.step in numbers:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return record
+
+        monkeypatch.setattr(Trainer, "step", step)
+
+    return patch
+
+
+def in_call(owner: Any, name: str, call: int = 1) -> Callable[[pytest.MonkeyPatch], None]:
+    """Twice within the n-th call of a function: the second must not do more than the first."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        real, calls = getattr(owner, name), []
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wrapper)
+
+    return patch
+
+
+LAST = 6  # steps of an epoch; asserted below
+
+MOMENTS = {
+    "first step": after_step(1),
+    "step that also saves": after_step(2),
+    "last step of the epoch": after_step(LAST),
+    "first step of the second epoch": after_step(LAST + 1),
+    "last step of the run": after_step(2 * LAST),
+    "saving": in_call(checkpoint, "atomic_save", 2),
+    "planning the second epoch": in_call(trainer_module, "train_loader", 2),
+    "first validation": in_call(trainer_module, "validate", 1),
+    "last validation": in_call(trainer_module, "validate", 2),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_sigterm_saves_and_the_resumed_run_is_the_same_to_the_bit(
+    moment: str, data: TrainData, finished: Path, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        MOMENTS[moment](monkeypatch)
+        handler = signal.getsignal(signal.SIGTERM)
+        result = run(data, tmp_path)
+        assert signal.getsignal(signal.SIGTERM) == handler
+    assert result.reason == "terminated" and records(tmp_path, "end")[-1]["reason"] == "terminated"
+    assert result.checkpoint == step_checkpoints(tmp_path / "checkpoints")[-1]
+    assert newest(tmp_path)["step"] == result.step
+    assert run(data, tmp_path).reason == "finished"
+    assert records(finished, "train")[-1]["step"] == 2 * LAST
+    for out in (tmp_path, finished):
+        assert not list(out.rglob("*.partial"))
+    assert differences(state_of(finished), state_of(tmp_path)) == []
+    assert differences(torch.load(finished / "best.pt"), torch.load(tmp_path / "best.pt")) == []
+    assert losses(tmp_path) == losses(finished)
+
+
+def losses(out: Path) -> list[Any]:
+    """All that does not depend on the clock."""
+    clock = ("time_s", "audio_s_per_s", "data_wait_fraction")
+    kept = (r for r in records(out) if r["kind"] in ("train", "valid"))
+    return [{k: v for k, v in r.items() if k not in clock} for r in kept]
+
+
+def test_sigterm_at_the_step_limit_leaves_the_validation_to_the_resumed_run(data: TrainData, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        after_step(3)(monkeypatch)
+        assert run(data, tmp_path, "training.max_steps=3").reason == "terminated"
+    assert records(tmp_path, "valid") == [] and not (tmp_path / "best.pt").exists()
+    result = run(data, tmp_path, "training.max_steps=3")
+    assert (result.reason, result.step) == ("finished", 3)
+    assert [r["step"] for r in records(tmp_path, "train")] == [1, 2, 3]
+    assert len(records(tmp_path, "valid")) == 1 and (tmp_path / "best.pt").is_file()
+
+
+def command(folder: Path, out: Path, *settings: str) -> list[str]:
+    files = ["--train-cuts", folder / "cuts_train.jsonl.gz", "--valid-cuts", folder / "cuts_valid.jsonl.gz"]
+    sets = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
+    return [sys.executable, "-m", "asr.cli.main", "train", *map(str, files), "--out-dir", str(out), *sets]
+
+
+def test_sigterm_to_the_command(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = command(folder, out, "training.max_epochs=100000", "data.num_workers=1")
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        try:
+            deadline = time.monotonic() + 120
+            while not ((out / "metrics.jsonl").is_file() and records(out, "train")):
+                assert child.poll() is None and time.monotonic() < deadline, child.stdout.read()
+                time.sleep(0.1)
+            child.send_signal(signal.SIGTERM)
+            printed, _ = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    assert child.returncode == 0, printed
+    step = newest(out)["step"]
+    assert f"terminated at step {step}" in printed and "--resume auto" in printed and "Traceback" not in printed
+    assert records(out, "end")[-1]["reason"] == "terminated"
+    data = TrainData(read_data(folder).train_cuts, read_data(folder).valid_cuts, Tokenizer.load(out / "tokenizer.json"))
+    result = run(data, out, f"training.max_steps={step + 2}")
+    assert (result.reason, result.step) == ("finished", step + 2)
+    assert [r["step"] for r in records(out, "train")] == list(range(1, step + 3))
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+def test_a_finished_run_does_nothing_more(data: TrainData, copied: Path) -> None:
+    files = [*step_checkpoints(copied / "checkpoints"), copied / "best.pt"]
+    before = {path: path.read_bytes() for path in files}
+    lines = records(copied)
+    result = run(data, copied)
+    assert (result.reason, result.step) == ("finished", 2 * LAST)
+    assert [r["kind"] for r in records(copied)[len(lines) :]] == ["start", "end"]
+    assert {path: path.read_bytes() for path in files} == before
+    assert step_checkpoints(copied / "checkpoints") == files[:-1]
+
+
+def test_a_finished_run_goes_on_when_it_may_take_longer(data: TrainData, copied: Path) -> None:
+    result = run(data, copied, "training.max_epochs=3")
+    assert (result.step, result.epoch) == (3 * LAST, 3)
+    assert [r["step"] for r in records(copied, "train")] == list(range(1, 3 * LAST + 1))
+
+
+def test_a_checkpoint_of_another_model_is_refused(data: TrainData, copied: Path) -> None:
+    before = sorted(copied.rglob("*"))
+    with pytest.raises(CheckpointError, match="of another model.*joiner"):
+        run(data, copied, "model.joiner.dim=8")
+    assert sorted(copied.rglob("*")) == before and len(records(copied, "start")) == 1
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(data: TrainData, copied: Path) -> None:
+    other = Tokenizer.train([" ".join(word[::-1] for word in WORDS)], TokenizerConfig("word"))
+    assert other.vocab_size == TOKENIZER.vocab_size
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        run(TrainData(data.train_cuts, data.valid_cuts, other), copied)
+
+
+def test_an_average_is_no_place_to_resume_from(data: TrainData, copied: Path) -> None:
+    with pytest.raises(CheckpointError, match="weights only"):
+        run(data, copied, resume=str(copied / "best.pt"))
+
+
+def test_auto_passes_over_a_damaged_checkpoint(data: TrainData, finished: Path, copied: Path) -> None:
+    files = step_checkpoints(copied / "checkpoints")
+    os.truncate(files[-1], 3000)
+    run(data, copied, "training.keep_last=1")
+    assert differences(state_of(finished), state_of(copied)) != []  # keep_last is in the configuration
+    old, new = state_of(finished), state_of(copied)
+    assert differences(old["model"], new["model"]) == [] and differences(old["training"], new["training"]) == []
+    assert [p.name for p in step_checkpoints(copied / "checkpoints")] == [files[-1].name]
+
+
+def test_auto_does_not_begin_anew_over_damaged_checkpoints(data: TrainData, copied: Path) -> None:
+    files = step_checkpoints(copied / "checkpoints")
+    for path in files:
+        os.truncate(path, 3000)
+    with pytest.raises(CheckpointError, match="all checkpoints in .* are damaged.*--resume none"):
+        run(data, copied)
+    assert step_checkpoints(copied / "checkpoints") == files
+
+
+@pytest.mark.parametrize("start", ["none", "step-00000004.pt"])
+def test_going_back_sets_later_checkpoints_aside(data: TrainData, copied: Path, start: str) -> None:
+    checkpoints = copied / "checkpoints"
+    later = [p.name for p in step_checkpoints(checkpoints) if p.name > start or start == "none"]
+    resume = start if start == "none" else str(checkpoints / start)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        after_step(3 if start == "none" else 5)(monkeypatch)
+        assert run(data, copied, "training.keep_last=2", "optim.lr=0.003", resume=resume).reason == "terminated"
+    assert [name for name in later if (checkpoints / f"{name}.old").is_file()] == later
+    assert (copied / "best.pt").is_file() == (start != "none")
+    assert (copied / "best.pt.old").is_file() == (start == "none")
+    step = 3 if start == "none" else 5
+    assert step_checkpoints(checkpoints)[-1].name == f"step-{step:08d}.pt"
+    assert trainer_module.find_resume("auto", copied, lambda text: None) == checkpoints / f"step-{step:08d}.pt"
+
+
+def test_an_average_that_is_turned_on_later_starts_from_the_weights(data: TrainData, tmp_path: Path) -> None:
+    run(data, tmp_path, "training.ema_decay=0")
+    path = step_checkpoints(tmp_path / "checkpoints")[-1]
+    assert newest(tmp_path)["training"]["ema"] is None
+    trainer = make_trainer(experiment(), data, tmp_path / "out")
+    trainer.resume(path)
+    assert differences(trainer.ema.weights, newest(tmp_path)["model"]) == []
+
+
+def test_the_configuration_decides_the_optimizer_after_a_resume(
+    data: TrainData, finished: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(experiment("optim.weight_decay=0.25", "optim.betas=[0.5, 0.6]"), data, tmp_path)
+    trainer.resume(step_checkpoints(finished / "checkpoints")[-1])
+    decayed, plain = trainer.optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.25, 0.0)
+    assert tuple(decayed["betas"]) == tuple(plain["betas"]) == (0.5, 0.6)
+    assert float(trainer.optimizer.state_dict()["state"][0]["step"]) == 2 * LAST
+
+
+# -- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_checkpoints_are_kept(data: TrainData, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".step-00000001.pt.partial").write_bytes(b"killed while writing")
+    run(data, tmp_path, "training.keep_last=2", "training.checkpoint_every_steps=3")
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000009.pt", "step-00000012.pt"]
+
+
+def test_best_is_the_average_of_the_best_validation(data: TrainData, tmp_path: Path) -> None:
+    run(data, tmp_path, "training.max_epochs=6", "training.keep_last=100", "training.ema_decay=0.5", "optim.lr=0.02")
+    ranks = {r["step"]: (r["errors"], r["loss"]) for r in records(tmp_path, "valid")}
+    best = checkpoint.read(tmp_path / "best.pt")
+    assert best["step"] == min(ranks, key=ranks.__getitem__) and "training" not in best
+    step = torch.load(tmp_path / "checkpoints" / f"step-{best['step']:08d}.pt", weights_only=True)
+    assert differences(best["model"], step["training"]["ema"]) == []
+    assert differences(best["model"], step["model"]) != []
+    loaded = checkpoint.load(tmp_path / "best.pt")
+    assert differences(loaded.model.state_dict(), best["model"]) == [] and loaded.config == load_experiment(
+        tmp_path / "config.yaml"
+    )
+
+
+def test_without_an_average_the_weights_themselves_are_judged(data: TrainData, tmp_path: Path) -> None:
+    run(data, tmp_path, "training.max_epochs=1", "training.ema_decay=0")
+    assert differences(checkpoint.read(tmp_path / "best.pt")["model"], newest(tmp_path)["model"]) == []
+
+
+def test_validation_every_second_epoch_and_at_the_end(data: TrainData, tmp_path: Path) -> None:
+    run(data, tmp_path, "training.max_epochs=3", "training.valid_every_epochs=2")
+    assert [r["epoch"] for r in records(tmp_path, "valid")] == [2, 3]
+
+
+def test_no_cuts_and_no_device(data: TrainData, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="training cuts are empty"):
+        run(TrainData(CutSet.from_cuts([]), data.valid_cuts, TOKENIZER), tmp_path)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="use --device cpu"):
+            train(experiment(), data, tmp_path, device="cuda")

@@ -46,12 +46,15 @@ class LossConfig:
         method: a key of losses.LOSSES.
         fastemit_lambda: FastEmit regularisation (Yu et al. 2021); 0 is off.
         delay_penalty: lambda of the delay-penalized transducer (Kang et al. 2023); 0 is off.
+        delay_penalty_from: fraction of the run after which the delay penalty acts. Before the model knows its tokens, a
+            large penalty would only teach it to emit at once.
         ctc_weight: the CTC loss enters with this weight, the transducer loss with weight 1; needs ``model.ctc``.
     """
 
     method: str = "batched"
     fastemit_lambda: float = 0.0
     delay_penalty: float = 0.0
+    delay_penalty_from: float = 0.0
     ctc_weight: float = 0.0
 
 

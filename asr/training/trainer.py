@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from asr.data.loader import DataConfig, eval_loader, explain_dead_worker, train_
 from asr.data.tokenizer import Tokenizer
 from asr.environment import cpu
 from asr.errors import UserError
-from asr.models.transducer import Transducer, TransducerLosses, parameter_counts
+from asr.models.transducer import LossConfig, Transducer, TransducerLosses, parameter_counts
 from asr.training.faults import BadBatches, Terminated, Termination
 from asr.training.metrics import MetricsWriter, ProgressLine, clock
 from asr.training.optim import WeightAverage, learning_rate, make_optimizer
@@ -183,14 +183,14 @@ class Trainer:
         by_steps = self.progress.step / self.config.max_steps if self.config.max_steps else 0.0
         return max(by_steps, self.progress.consumed_s / self.total_s)
 
-    def _forward(self, batch: Batch, micro: int) -> TransducerLosses:
+    def _forward(self, batch: Batch, micro: int, loss: LossConfig) -> TransducerLosses:
         with autocast(self.precision, self.device):
             losses: TransducerLosses = self.model(
                 batch.features,
                 batch.feature_lens,
                 batch.targets,
                 batch.target_lens,
-                self.experiment.loss,
+                loss,
                 self._chunk_frames(micro),
             )
         return losses
@@ -205,14 +205,18 @@ class Trainer:
         torch.manual_seed(_seed_of(self.experiment.seed, "step", progress.step))
         count = self._count(batches)
         audio_s = sum(sum(b.durations_s) for b in batches)
-        lr = learning_rate(optim, progress.step, self._done())
+        done = self._done()
+        lr = learning_rate(optim, progress.step, done)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
+        loss = self.experiment.loss
+        if done < loss.delay_penalty_from:
+            loss = replace(loss, delay_penalty=0.0)
         sums = {"loss": 0.0, "transducer_loss": 0.0, "ctc_loss": 0.0}
         used: list[Batch] = []
         for micro, batch in enumerate(batches):
-            losses = self._forward(batch.to(self.device, non_blocking=True), micro)
+            losses = self._forward(batch.to(self.device, non_blocking=True), micro, loss)
             if not bool(torch.isfinite(losses.loss)):
                 bad.skip(batch, progress.step + 1, f"non-finite loss {losses.loss.item()}")
                 continue

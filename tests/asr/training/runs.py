@@ -16,7 +16,7 @@ from asr.config import Experiment, load_experiment
 from asr.data.features import FeatureConfig, compute_features
 from asr.data.tokenizer import Tokenizer, TokenizerConfig
 from asr.training.metrics import ProgressLine
-from asr.training.trainer import TrainData, Trainer
+from asr.training.trainer import TrainData, Trainer, TrainResult, train
 from tests.asr.data.speech import WORDS, write_cuts
 
 DURATIONS_S = [0.5 + 0.06 * (5 * i % 11) for i in range(11)]
@@ -60,6 +60,10 @@ def read_data(folder: Path) -> TrainData:
     return TrainData(train, valid, TOKENIZER)
 
 
+def run(data: TrainData, out: Path, *settings: str, resume: str = "auto") -> TrainResult:
+    return train(experiment(*settings), data, out, resume=resume, command="asr train --config a.yaml")
+
+
 def make_trainer(config: Experiment, data: TrainData, out: Path) -> Trainer:
     trainer = Trainer(config, data, out, "cpu", "asr train")
     trainer.line = ProgressLine(io.StringIO())
@@ -84,6 +88,13 @@ def records(out: Path, kind: str | None = None) -> list[dict[str, Any]]:
 def newest(out: Path) -> dict[str, Any]:
     """The content of the newest checkpoint."""
     return torch.load(step_checkpoints(out / "checkpoints")[-1], weights_only=True)
+
+
+def state_of(out: Path) -> dict[str, Any]:
+    """The newest checkpoint without the time it took."""
+    payload = newest(out)
+    del payload["training"]["progress"]["time_s"]
+    return payload
 
 
 def differences(left: Any, right: Any, where: str = "") -> list[str]:

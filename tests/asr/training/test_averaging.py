@@ -18,14 +18,7 @@ from asr.training.averaging import average
 from asr.training.trainer import TrainData, train
 from asr.training.trainer_config import AverageConfig
 from asr.training.validation import Validation, validate
-from tests.asr.training.runs import TOKENIZER, differences, experiment, read_data, write_data
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> TrainData:
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    return read_data(folder)
+from tests.asr.training.runs import TOKENIZER, differences, experiment
 
 
 @pytest.fixture(scope="module")
@@ -36,30 +29,30 @@ def trained(data: TrainData, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(trained: Path, tmp_path: Path) -> Path:
+def train_dir(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "train"))
 
 
-def weights_of(folder: Path, count: int) -> dict[str, torch.Tensor]:
-    paths = checkpoint.step_checkpoints(folder / "checkpoints")[-count:]
+def weights_of(train_dir: Path, count: int) -> dict[str, torch.Tensor]:
+    paths = checkpoint.step_checkpoints(train_dir / "checkpoints")[-count:]
     return checkpoint.average_weights(checkpoint.read(path)["model"] for path in paths)
 
 
-def expected_weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    newest = checkpoint.read(checkpoint.step_checkpoints(folder / "checkpoints")[-1])
+def expected_weights(train_dir: Path) -> dict[str, dict[str, torch.Tensor]]:
+    newest = checkpoint.read(checkpoint.step_checkpoints(train_dir / "checkpoints")[-1])
     return {
         "last-1": newest["model"],
-        "last-3": weights_of(folder, 3),
+        "last-3": weights_of(train_dir, 3),
         "ema": newest["training"]["ema"],
-        "best": checkpoint.read(folder / "best.pt")["model"],
+        "best": checkpoint.read(train_dir / "best.pt")["model"],
     }
 
 
-def test_every_candidate_is_scored_with_its_own_weights(data: TrainData, folder: Path) -> None:
-    path, candidates = average(folder, data.valid_cuts, say=lambda text: None)
+def test_every_candidate_is_scored_with_its_own_weights(data: TrainData, train_dir: Path) -> None:
+    path, candidates = average(train_dir, data.valid_cuts, say=lambda text: None)
     assert {c.name for c in candidates} == {"last-1", "last-3", "ema", "best"}
     assert [c.validation.rank for c in candidates] == sorted(c.validation.rank for c in candidates)
-    expected = expected_weights(folder)
+    expected = expected_weights(train_dir)
     for candidate in candidates:
         loaded = checkpoint.load(path)
         loaded.model.load_state_dict(expected[candidate.name])
@@ -72,8 +65,10 @@ def test_every_candidate_is_scored_with_its_own_weights(data: TrainData, folder:
 
 
 @pytest.mark.parametrize("wanted", ["last-1", "last-3", "ema", "best"])
-def test_validation_alone_decides(data: TrainData, folder: Path, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = expected_weights(folder)[wanted]
+def test_validation_alone_decides(
+    data: TrainData, train_dir: Path, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = expected_weights(train_dir)[wanted]
     seen: list[list[str]] = []
 
     def scored(model: Any, batches: Any, *args: Any) -> Validation:
@@ -82,41 +77,41 @@ def test_validation_alone_decides(data: TrainData, folder: Path, wanted: str, mo
         return Validation(5.0 if right else 1.0, 3 if right else 4, 10)
 
     monkeypatch.setattr(averaging, "validate", scored)
-    path, candidates = average(folder, data.valid_cuts, say=lambda text: None)
+    path, candidates = average(train_dir, data.valid_cuts, say=lambda text: None)
     # best may hold the same weights as the moving average
     assert wanted in [c.name for c in candidates if c.validation.errors == 3]
     assert differences(checkpoint.read(path)["model"], expected) == []
     assert [sorted(ids) for ids in seen] == [sorted(cut.id for cut in data.valid_cuts)] * 4
 
 
-def test_the_file_is_for_decoding(data: TrainData, folder: Path) -> None:
-    path, candidates = average(folder, data.valid_cuts, say=lambda text: None)
-    assert path == folder / "average.pt"
+def test_the_file_is_for_decoding(data: TrainData, train_dir: Path) -> None:
+    path, candidates = average(train_dir, data.valid_cuts, say=lambda text: None)
+    assert path == train_dir / "average.pt"
     payload = torch.load(path, weights_only=True)
     assert "training" not in payload and payload["averaged"] == candidates[0].name
-    newest = checkpoint.step_checkpoints(folder / "checkpoints")[-1]
+    newest = checkpoint.step_checkpoints(train_dir / "checkpoints")[-1]
     assert path.stat().st_size < 0.5 * newest.stat().st_size, "there is optimizer state in it"
     loaded = checkpoint.load(path)
     assert not loaded.model.training and loaded.tokenizer.symbols == TOKENIZER.symbols
     assert loaded.config == checkpoint.experiment_of(payload, "")
 
 
-def test_only_what_is_asked_for(data: TrainData, folder: Path) -> None:
+def test_only_what_is_asked_for(data: TrainData, train_dir: Path) -> None:
     said: list[str] = []
     config = AverageConfig(last=[2, 100, 200], ema=False, best=False)
-    _, candidates = average(folder, data.valid_cuts, config, say=said.append)
+    _, candidates = average(train_dir, data.valid_cuts, config, say=said.append)
     assert {c.name for c in candidates} == {"last-2", "last-4"}, "fewer checkpoints than asked for are taken once"
     assert any("chosen: " + candidates[0].name in line for line in said)
     with pytest.raises(UserError, match="average.last is empty"):
-        average(folder, data.valid_cuts, AverageConfig(last=[], ema=False, best=False), say=said.append)
+        average(train_dir, data.valid_cuts, AverageConfig(last=[], ema=False, best=False), say=said.append)
 
 
-def test_damaged_files_are_left_out_with_a_warning(data: TrainData, folder: Path) -> None:
-    files = checkpoint.step_checkpoints(folder / "checkpoints")
+def test_damaged_files_are_left_out_with_a_warning(data: TrainData, train_dir: Path) -> None:
+    files = checkpoint.step_checkpoints(train_dir / "checkpoints")
     os.truncate(files[-1], 3000)
-    os.truncate(folder / "best.pt", 3000)
+    os.truncate(train_dir / "best.pt", 3000)
     said: list[str] = []
-    path, candidates = average(folder, data.valid_cuts, AverageConfig(last=[1]), say=said.append)
+    path, candidates = average(train_dir, data.valid_cuts, AverageConfig(last=[1]), say=said.append)
     assert {c.name for c in candidates} == {"last-1", "ema"}
     warnings = " ".join(line for line in said if line.startswith("warning:"))
     assert files[-1].name in warnings and "best.pt" in warnings
@@ -129,9 +124,9 @@ def test_nothing_to_average(data: TrainData, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_never_chosen(
-    data: TrainData, folder: Path, monkeypatch: pytest.MonkeyPatch
+    data: TrainData, train_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([Validation(float("nan"), 0, 10), Validation(9.0, 10, 10), Validation(float("inf"), 0, 10)])
     monkeypatch.setattr(averaging, "validate", lambda *args: next(scores))
-    _, candidates = average(folder, data.valid_cuts, AverageConfig(last=[1, 2], best=False), say=lambda text: None)
+    _, candidates = average(train_dir, data.valid_cuts, AverageConfig(last=[1, 2], best=False), say=lambda text: None)
     assert candidates[0].name == "last-2"

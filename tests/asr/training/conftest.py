@@ -1,0 +1,30 @@
+"""Data and a finished run that tests of one file share; they only read it, or copy it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from asr.training.trainer import TrainData
+from tests.asr.training.runs import read_data, run, write_data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> TrainData:
+    return read_data(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(data: TrainData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs."""
+    out = tmp_path_factory.mktemp("finished")
+    assert run(data, out).reason == "finished"
+    return out

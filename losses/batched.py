@@ -25,22 +25,24 @@ ACTIVATIONS = ("tanh", "relu")
 
 class _LogitsLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, source, targets, lengths, blank, topology, fastemit_lambda, delay_penalty, clamp, normalize, backend
-    ):
+    def forward(ctx, source, targets, lengths, blank, topology, options, clamp, normalize, backend):
         logits = source.detach()
         kernels = backends.load("logits", backend, logits.device, logits.dtype)
         with torch.autocast(logits.device.type, enabled=False):
             blank_lp, label_lp, normalizer = kernels.gather(logits, targets, lengths, blank, normalize)
-            if delay_penalty:
-                label_lp = penalize_delay(label_lp, lengths, delay_penalty)
+            if options.delay_penalty:
+                label_lp = penalize_delay(label_lp, lengths, options.delay_penalty)
             wanted = ctx.needs_input_grad[0]
+            power = options.alignment_power
+            if power != 1.0:
+                blank_lp, label_lp = blank_lp * power, label_lp * power
             nll, blank_occ, label_occ = lattice.forward_backward(
                 blank_lp, label_lp, lengths, topology=topology, backend=backend, occupancies=wanted
             )
+            nll = nll / power
         if wanted:
-            if fastemit_lambda:
-                label_occ *= 1.0 + fastemit_lambda
+            if options.fastemit_lambda:
+                label_occ *= 1.0 + options.fastemit_lambda
             ctx.save_for_backward(source, targets, normalizer, blank_occ, label_occ)
             ctx.kernels, ctx.lengths, ctx.blank, ctx.clamp = kernels, lengths, blank, clamp
         return nll.to(blank_lp.dtype)
@@ -54,7 +56,7 @@ class _LogitsLoss(torch.autograd.Function):
             )
         if torch.is_grad_enabled():
             gradient = lattice.RefuseDoubleBackward.apply(gradient, logits, upstream)
-        return gradient, *[None] * 9
+        return gradient, *[None] * 8
 
 
 def logits_loss(
@@ -64,8 +66,7 @@ def logits_loss(
     *,
     blank: int,
     topology: str = "regular",
-    fastemit_lambda: float = 0.0,
-    delay_penalty: float = 0.0,
+    options: TransducerLossOptions | None = None,
     clamp: float = 0.0,
     normalize: bool = True,
     backend: str | None = None,
@@ -75,7 +76,7 @@ def logits_loss(
     clamp > 0 limits each entry of the gradient by the logits to [-clamp, clamp] before the upstream gradient is
     applied. normalize=False takes logits for log-probs and returns the gradient by those.
     """
-    arguments = (lengths, blank, topology, fastemit_lambda, delay_penalty, clamp, normalize, backend)
+    arguments = (lengths, blank, topology, options or TransducerLossOptions(), clamp, normalize, backend)
     return _LogitsLoss.apply(logits, targets.long(), *arguments)
 
 
@@ -100,15 +101,7 @@ def batched_loss(
     hidden = enc[:, :, None] + pred[:, None]
     hidden = hidden.tanh_() if activation == "tanh" else hidden.relu_()
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    return logits_loss(
-        logits,
-        targets,
-        lengths,
-        blank=blank,
-        topology=topology,
-        fastemit_lambda=options.fastemit_lambda,
-        delay_penalty=options.delay_penalty,
-    )
+    return logits_loss(logits, targets, lengths, blank=blank, topology=topology, options=options)
 
 
 def penalize_delay(label_lp: Tensor, lengths: Lengths, delay_penalty: float) -> Tensor:

@@ -15,13 +15,19 @@ class TransducerLossOptions:
             (Yu et al. 2021, eq. 14). Published values are 0.001 to 0.01.
         delay_penalty: lambda of the delay-penalized transducer, 0 is off; lambda * ((T - 1) / 2 - t) is added to the
             label log-probs of frame t (Kang et al. 2023, eq. 4). Published values are 0.0015 to 0.006.
+        alignment_power: gamma; the loss is -(1 / gamma) log sum over alignments of P(alignment)^gamma. 1 is the
+            transducer's sum (Graves 2012, eq. 12); larger values go towards the best alignment alone (Viterbi training),
+            so that the model puts a token at one frame instead of spreading it over several.
     """
 
     fastemit_lambda: float = 0.0
     delay_penalty: float = 0.0
+    alignment_power: float = 1.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.fastemit_lambda) and self.fastemit_lambda >= 0):
             raise ValueError(f"fastemit_lambda={self.fastemit_lambda} is not a number from 0 up; pass 0 to turn it off")
         if not (math.isfinite(self.delay_penalty) and self.delay_penalty >= 0):
             raise ValueError(f"delay_penalty={self.delay_penalty} is not a number from 0 up; pass 0 to turn it off")
+        if not (math.isfinite(self.alignment_power) and self.alignment_power > 0):
+            raise ValueError(f"alignment_power={self.alignment_power} is not a number above 0; pass 1 to turn it off")

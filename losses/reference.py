@@ -97,6 +97,7 @@ def logits_loss(
     topology: str = "regular",
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
+    alignment_power: float = 1.0,
     clamp: float = 0.0,
     normalize: bool = True,
 ) -> tuple[float, Array]:
@@ -104,6 +105,7 @@ def logits_loss(
 
     fastemit_lambda: label occupancies times 1 + lambda in the gradient, value unchanged (Yu et al. 2021, eq. 14).
     delay_penalty: added to the label log-probs of frame t, times (T - 1) / 2 - t (Kang et al. 2023, eq. 4).
+    alignment_power: gamma in -(1 / gamma) log sum over alignments of P(alignment)^gamma.
     clamp > 0: every entry of the gradient limited to [-clamp, clamp]. normalize=False: logits are log-probs.
     """
     frames, columns, vocab_size = logits.shape
@@ -120,7 +122,9 @@ def logits_loss(
             for t in range(frames)
         ]
     )
-    nll, blank_occ, label_occ = lattice(blank_lp, label_lp.reshape(frames, tokens), topology)
+    label_lp = label_lp.reshape(frames, tokens)
+    nll, blank_occ, label_occ = lattice(alignment_power * blank_lp, alignment_power * label_lp, topology)
+    nll /= alignment_power
     gradient = np.zeros(log_probs.shape)
     for t in range(frames):
         for u in range(columns):
@@ -151,6 +155,7 @@ def joint_loss(
     blank: int = 0,
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
+    alignment_power: float = 1.0,
 ) -> JointGradients:
     """A batch through the joiner activation(enc[t] + pred[u]) @ weight.T + bias; gradients of sum(upstream * nll)."""
     batch = enc.shape[0]
@@ -174,6 +179,7 @@ def joint_loss(
             topology=topology,
             fastemit_lambda=fastemit_lambda,
             delay_penalty=delay_penalty,
+            alignment_power=alignment_power,
         )
         for t in range(frames):
             for u in range(columns):

@@ -54,6 +54,8 @@ class DataConfig:
         max_duration_s: audio seconds in a batch at most, counted as utterances times the longest they may be; one
             utterance that is longer forms a batch of its own.
         num_buckets: training batches hold utterances of one of this many classes of similar duration.
+        sorted_epochs: in so many first epochs, batches come in order of rising duration (SortaGrad, Amodei et al. 2016,
+            "Deep Speech 2"): from short utterances a model learns sooner which sound is which token.
         num_workers: processes that load batches; 0 loads them in the main process.
         shuffle: draw training batches in random order; otherwise take cuts in the order given.
         strict: stop at the first bad row instead of leaving it out.
@@ -65,6 +67,7 @@ class DataConfig:
     spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
     max_duration_s: float = 120.0
     num_buckets: int = 10
+    sorted_epochs: int = 0
     num_workers: int = 2
     shuffle: bool = True
     strict: bool = False
@@ -75,6 +78,8 @@ class DataConfig:
             raise ValueError(f"max_duration_s={self.max_duration_s}; it must be positive")
         if self.num_buckets < 1:
             raise ValueError(f"num_buckets={self.num_buckets}; at least 1 is needed")
+        if self.sorted_epochs < 0:
+            raise ValueError(f"sorted_epochs={self.sorted_epochs}; it must not be negative")
         if self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers}; it must not be negative")
         if not 0 <= self.max_bad_fraction <= 1:
@@ -290,7 +295,7 @@ def plan_epoch(durations_s: Sequence[float], config: DataConfig, *, seed: int, e
 
     Args:
         durations_s: duration of each cut.
-        config: ``max_duration_s``, ``num_buckets``, ``shuffle``.
+        config: ``max_duration_s``, ``num_buckets``, ``shuffle``, ``sorted_epochs``.
         seed: seed of the experiment.
         epoch: number of the epoch.
 
@@ -322,6 +327,8 @@ def plan_epoch(durations_s: Sequence[float], config: DataConfig, *, seed: int, e
     if config.shuffle:
         # the sampler visits buckets in the same order in every epoch and leaves all small batches for the end
         random.Random(epoch_seed + 1).shuffle(batches)
+    if epoch < config.sorted_epochs:
+        batches.sort(key=lambda batch: max(durations_s[index] for index in batch))
     return batches
 
 

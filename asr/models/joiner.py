@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,16 @@ class JoinerConfig:
     activation: Literal["tanh", "relu"] = "tanh"
 
 
+def init_blank_bias(layer: nn.Linear, probability: float = 0.9) -> None:
+    """Lets an untrained output layer say blank with this probability, about its share of the frames.
+
+    Without it the first hundreds of steps are spent on nothing else.
+    """
+    with torch.no_grad():
+        layer.bias.zero_()
+        layer.bias[0] = math.log(probability / (1 - probability) * max(layer.out_features - 1, 1))
+
+
 class Joiner(nn.Module):
     """logits = W act(P_e enc + P_p pred) + b (Graves 2012, as in He et al. 2019)."""
 
@@ -35,6 +46,7 @@ class Joiner(nn.Module):
         self.encoder_proj = nn.Linear(encoder_dim, config.dim)
         self.predictor_proj = nn.Linear(predictor_dim, config.dim)
         self.out = nn.Linear(config.dim, vocab_size)
+        init_blank_bias(self.out)
 
     def project_encoder(self, enc: Tensor) -> Tensor:
         """[..., D] to [..., J]."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asr.models.encoders import ENCODERS, ConformerConfig
-from asr.models.joiner import Joiner, JoinerConfig
+from asr.models.joiner import Joiner, JoinerConfig, init_blank_bias
 from asr.models.predictors import PREDICTORS, PredictorConfig
 from losses import TransducerLossOptions, TransducerLossOutput
 
@@ -46,15 +46,18 @@ class LossConfig:
         method: a key of losses.LOSSES.
         fastemit_lambda: FastEmit regularisation (Yu et al. 2021); 0 is off.
         delay_penalty: lambda of the delay-penalized transducer (Kang et al. 2023); 0 is off.
-        delay_penalty_from: fraction of the run after which the delay penalty acts. Before the model knows its tokens, a
-            large penalty would only teach it to emit at once.
+        alignment_power: gamma in -(1 / gamma) log sum over alignments of P(alignment)^gamma; above 1, emissions grow
+            sharp: one frame instead of several.
+        shaping_from: fraction of the run after which delay_penalty and alignment_power act; they disturb a model that
+            does not know its tokens yet.
         ctc_weight: the CTC loss enters with this weight, the transducer loss with weight 1; needs ``model.ctc``.
     """
 
     method: str = "batched"
     fastemit_lambda: float = 0.0
     delay_penalty: float = 0.0
-    delay_penalty_from: float = 0.0
+    alignment_power: float = 1.0
+    shaping_from: float = 0.0
     ctc_weight: float = 0.0
 
 
@@ -89,6 +92,8 @@ class Transducer(nn.Module):
         self.predictor = PREDICTORS[config.predictor.kind](config.predictor, vocab_size)
         self.joiner = Joiner(config.joiner, self.encoder.dim, config.predictor.dim, vocab_size)
         self.ctc_head = nn.Linear(self.encoder.dim, vocab_size) if config.ctc else None
+        if self.ctc_head is not None:
+            init_blank_bias(self.ctc_head)
 
     def encode(
         self,
@@ -118,7 +123,7 @@ class Transducer(nn.Module):
             target_lens,
             method=loss.method,
             reduction="sum",
-            options=TransducerLossOptions(loss.fastemit_lambda, loss.delay_penalty),
+            options=TransducerLossOptions(loss.fastemit_lambda, loss.delay_penalty, loss.alignment_power),
         )
 
     def forward(

@@ -211,8 +211,8 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.experiment.loss
-        if done < loss.delay_penalty_from:
-            loss = replace(loss, delay_penalty=0.0)
+        if done < loss.shaping_from:
+            loss = replace(loss, delay_penalty=0.0, alignment_power=1.0)
         sums = {"loss": 0.0, "transducer_loss": 0.0, "ctc_loss": 0.0}
         used: list[Batch] = []
         for micro, batch in enumerate(batches):

@@ -48,14 +48,18 @@ TEST_VOICES = (
 class Options:
     """Settings of the corpus.
 
-    num_train: training utterances (3,000 are about 2.5 hours). Valid and test strings do not depend on it.
+    num_train: training sentences (3,000 are about 2.5 hours). Valid and test strings do not depend on it.
+    num_words: further training utterances of one or two words alone, from which the sound of a word is learnt soonest.
     """
 
     num_train: int = 3000
+    num_words: int = 2000
 
     def __post_init__(self) -> None:
         if self.num_train < 1:
             raise UserError(f"num_train={self.num_train} is too small; pass at least 1")
+        if self.num_words < 0:
+            raise UserError(f"num_words={self.num_words} is too small; pass at least 0")
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def download(dest: Path) -> Path:
 
 
 def plan(seed: int, options: Options) -> list[Utterance]:
-    """All utterances. Test depends on the seed alone, valid on it and test, training also on ``num_train``."""
+    """All utterances. Test depends on the seed alone, valid on it and test, training also on ``num_train`` and ``num_words``."""
     names = voices()
     counts = {"test": NUM_TEST, "valid": NUM_VALID, "train": options.num_train}
     taken: set[str] = set()
@@ -108,7 +112,17 @@ def plan(seed: int, options: Options) -> list[Utterance]:
             _utterance(f"{split}-{index:05d}", split, text, voice, rng)
             for index, (text, voice) in enumerate(zip(texts, spoken_by, strict=True))
         ]
-    return utterances
+    vocabulary = sorted(
+        {word for utterance in utterances if utterance.split == "train" for word in utterance.text.split()}
+    )
+    rng = np.random.default_rng([seed, len(counts)])
+    spoken = _deal(vocabulary, options.num_words + options.num_words // 2, rng)
+    singles, pairs = spoken[: options.num_words // 2], spoken[options.num_words // 2 :]
+    texts = singles + [" ".join(pair) for pair in zip(pairs[::2], pairs[1::2], strict=False)]
+    return utterances + [
+        _utterance(f"train-word-{index:05d}", "train", text, voice, rng)
+        for index, (text, voice) in enumerate(zip(texts, _deal(names["train"], len(texts), rng), strict=True))
+    ]
 
 
 def _deal(names: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:

@@ -57,7 +57,13 @@ def test_mean_per_token_without_tokens_divides_by_one(method: str) -> None:
 @each_method
 @pytest.mark.parametrize("topology", ["regular", "modified"])
 @pytest.mark.parametrize(
-    "chosen", [{"fastemit_lambda": 0.3}, {"delay_penalty": 0.2}, {"fastemit_lambda": 0.1, "delay_penalty": 0.05}]
+    "chosen",
+    [
+        {"fastemit_lambda": 0.3},
+        {"delay_penalty": 0.2},
+        {"alignment_power": 3.0},
+        {"fastemit_lambda": 0.1, "delay_penalty": 0.05},
+    ],
 )
 def test_options(topology: str, method: str, chosen: dict[str, float]) -> None:
     problem = make(topology, "ragged")

@@ -105,7 +105,7 @@ def batched_loss(
 
 
 def penalize_delay(label_lp: Tensor, lengths: Lengths, delay_penalty: float) -> Tensor:
-    """label_lp [B, T, U] + lambda * ((T_b - 1) / 2 - t): early emissions become more likely (Kang et al. 2023, eq. 4)."""
+    """label_lp [B, T, U] + lambda * ((T_b - 1) / 2 - t): early emissions gain (Kang et al. 2023, eq. 4)."""
     t = torch.arange(label_lp.shape[1], device=label_lp.device, dtype=label_lp.dtype)
     middle = (torch.tensor(lengths.enc, device=label_lp.device, dtype=label_lp.dtype) - 1) / 2
     return label_lp + (delay_penalty * (middle[:, None] - t))[:, :, None]

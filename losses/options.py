@@ -16,8 +16,8 @@ class TransducerLossOptions:
         delay_penalty: lambda of the delay-penalized transducer, 0 is off; lambda * ((T - 1) / 2 - t) is added to the
             label log-probs of frame t (Kang et al. 2023, eq. 4). Published values are 0.0015 to 0.006.
         alignment_power: gamma; the loss is -(1 / gamma) log sum over alignments of P(alignment)^gamma. 1 is the
-            transducer's sum (Graves 2012, eq. 12); larger values go towards the best alignment alone (Viterbi training),
-            so that the model puts a token at one frame instead of spreading it over several.
+            transducer's sum (Graves 2012, eq. 12); larger values go towards the best alignment alone (Viterbi
+            training), so that the model puts a token at one frame instead of spreading it over several.
     """
 
     fastemit_lambda: float = 0.0

@@ -112,9 +112,7 @@ def expand_cuts(cuts: Iterable[MonoCut], config: AugmentConfig) -> list[MonoCut]
     return expanded
 
 
-def augment_samples(
-    samples: np.ndarray, config: AugmentConfig, *, seed: int, epoch: int, cut_id: str
-) -> np.ndarray:
+def augment_samples(samples: np.ndarray, config: AugmentConfig, *, seed: int, epoch: int, cut_id: str) -> np.ndarray:
     """Change the level and add noise; a pure function of its arguments.
 
     Args:

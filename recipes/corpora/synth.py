@@ -94,7 +94,7 @@ def download(dest: Path) -> Path:
 
 
 def plan(seed: int, options: Options) -> list[Utterance]:
-    """All utterances. Test depends on the seed alone, valid on it and test, training also on ``num_train`` and ``num_words``."""
+    """All utterances. Test depends on the seed alone, valid on it and test, training also on the options."""
     names = voices()
     counts = {"test": NUM_TEST, "valid": NUM_VALID, "train": options.num_train}
     taken: set[str] = set()

@@ -109,7 +109,7 @@ class ConvModule(nn.Module):
 
 
 class ConformerBlock(nn.Module):
-    """Macaron block: half feed-forward, attention, convolution, half feed-forward, LayerNorm (Gulati et al. 2020, eq. 1)."""
+    """Half feed-forward, attention, convolution, half feed-forward, LayerNorm (Gulati et al. 2020, eq. 1)."""
 
     def __init__(self, config: ConformerConfig):
         super().__init__()
@@ -139,6 +139,9 @@ class Conformer(nn.Module):
         feature_mean: float [F], or None for zeros.
         feature_scale: float [F], multiplied after the mean is subtracted, or None for ones.
     """
+
+    feature_mean: Tensor
+    feature_scale: Tensor
 
     def __init__(
         self,

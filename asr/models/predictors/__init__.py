@@ -19,7 +19,8 @@ class PredictorConfig:
         context_size: tokens that the stateless predictor sees.
         num_layers: layers of the LSTM.
         dropout: probability, on the embeddings.
-        context_dropout: probability that a training utterance is predicted without its token context ("stateless" only).
+        context_dropout: probability that a training utterance is predicted without its token context ("stateless"
+            only).
     """
 
     kind: Literal["stateless", "lstm"] = "stateless"

@@ -43,9 +43,7 @@ def test_bad_rows_are_named_with_file_line_and_reason(tmp_path: Path) -> None:
         make_cut(good, "just", " ".join(["ONE"] * frames), 8000),
     ]
     save_cuts(cuts, tmp_path / "cuts.jsonl.gz")
-    kept, bad = check_cuts(
-        load_cuts(tmp_path / "cuts.jsonl.gz"), WORDS, CONFIG, source=tmp_path / "cuts.jsonl.gz"
-    )
+    kept, bad = check_cuts(load_cuts(tmp_path / "cuts.jsonl.gz"), WORDS, CONFIG, source=tmp_path / "cuts.jsonl.gz")
     assert [cut.id for cut in kept] == ["good", "just"]
     assert {row.file for row in bad} == {str(tmp_path / "cuts.jsonl.gz")}
     expected = {

@@ -109,7 +109,12 @@ class ConvModule(nn.Module):
 
 
 class ConformerBlock(nn.Module):
-    """Half feed-forward, attention, convolution, half feed-forward, LayerNorm (Gulati et al. 2020, eq. 1)."""
+    """Half feed-forward, attention, convolution, half feed-forward (Gulati et al. 2020, eq. 1), all pre-norm.
+
+    The paper's LayerNorm at the end of each block is left out, at the encoder's end too: an untrained model first learns
+    what all frames have in common (mostly blank), and a norm of the output then keeps the little in which they differ
+    little for thousands of steps. The branches start small for the same reason (Xiong et al. 2020).
+    """
 
     def __init__(self, config: ConformerConfig):
         super().__init__()
@@ -117,14 +122,16 @@ class ConformerBlock(nn.Module):
         self.attention = SelfAttention(config.dim, config.num_heads, config.dropout)
         self.conv = ConvModule(config.dim, config.conv_kernel, config.dropout)
         self.ff2 = FeedForward(config.dim, config.ff_dim, config.dropout)
-        self.norm = nn.LayerNorm(config.dim)
+        with torch.no_grad():
+            for last in (self.ff1.down, self.attention.out, self.conv.out, self.ff2.down):
+                last.weight.mul_((4 * config.num_layers) ** -0.5)
+                last.bias.zero_()
 
     def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         x = torch.add(x, self.ff1(x), alpha=0.5)
         x = x + self.attention(x, mask, cos, sin)
         x = x + self.conv(x)
-        x = torch.add(x, self.ff2(x), alpha=0.5)
-        return self.norm(x)
+        return torch.add(x, self.ff2(x), alpha=0.5)
 
 
 class Conformer(nn.Module):

@@ -111,9 +111,9 @@ class ConvModule(nn.Module):
 class ConformerBlock(nn.Module):
     """Half feed-forward, attention, convolution, half feed-forward (Gulati et al. 2020, eq. 1), all pre-norm.
 
-    The paper's LayerNorm at the end of each block is left out, at the encoder's end too: an untrained model first learns
-    what all frames have in common (mostly blank), and a norm of the output then keeps the little in which they differ
-    little for thousands of steps. The branches start small for the same reason (Xiong et al. 2020).
+    The paper's LayerNorm at the end of each block is left out, at the encoder's end too: an untrained model first
+    learns what all frames have in common (mostly blank), and a norm of the output then keeps the little in which
+    they differ little for thousands of steps. The branches start small for the same reason (Xiong et al. 2020).
     """
 
     def __init__(self, config: ConformerConfig):

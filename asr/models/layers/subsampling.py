@@ -22,8 +22,8 @@ def subsampled_bins(num_mel_bins: int) -> int:
 class ConvSubsampling(nn.Module):
     """Two unpadded 3x3 stride-2 convolutions, a linear projection and LayerNorm.
 
-    The norm gives the frames unit variance: without it they enter the residual stream an order of magnitude smaller than
-    what the first blocks add, and the model takes many times longer to hear anything.
+    The norm gives the frames unit variance: without it they enter the residual stream an order of magnitude smaller
+    than what the first blocks add, and the model takes many times longer to hear anything.
 
     Nothing is padded, so that encoder frame t depends on feature frames 4t .. 4t + 6 only, and a chunk computed alone
     equals the same frames of the whole utterance.

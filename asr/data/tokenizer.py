@@ -177,6 +177,8 @@ class Tokenizer:
             raise ValueError("this is not the state of a tokenizer: it has no kind")
         if state.get("format") != STATE_FORMAT:
             raise ValueError(f"tokenizer format {state.get('format')!r} is unknown; this version reads {STATE_FORMAT}")
+        if state["kind"] not in KINDS:
+            raise ValueError(f"kind={state['kind']!r}; it must be one of {', '.join(KINDS)}")
         field = "sentencepiece" if state["kind"] in ("bpe", "unigram") else "symbols"
         if field not in state:
             raise ValueError(f"the state of a {state['kind']} tokenizer needs {field!r}")

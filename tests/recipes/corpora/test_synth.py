@@ -24,7 +24,7 @@ SMALL = {"NUM_TEST": 24, "NUM_VALID": 12, "SHARD": 10}
 def test_plan_has_sixty_words_and_keeps_test_sentences_apart() -> None:
     plan = synth.plan(0, synth.Options())
     texts = {split: [u.text for u in plan if u.split == split] for split in ("train", "valid", "test")}
-    assert {split: len(lines) for split, lines in texts.items()} == {"train": 3000, "valid": 150, "test": 300}
+    assert {split: len(lines) for split, lines in texts.items()} == {"train": 5000, "valid": 150, "test": 300}
     for split in texts:
         assert len({word for text in texts[split] for word in text.split()}) >= 60
     assert len(set(texts["test"])) == 300
@@ -87,7 +87,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
             patch.setattr(synth, name, value)
-        return synth.prepare(None, tmp_path_factory.mktemp("synth"), seed=0, options=synth.Options(num_train=25))
+        return synth.prepare(
+            None, tmp_path_factory.mktemp("synth"), seed=0, options=synth.Options(num_train=25, num_words=10)
+        )
 
 
 @needs_espeak
@@ -96,7 +98,7 @@ def test_same_bytes_whatever_the_number_of_jobs(
 ) -> None:
     for name, value in SMALL.items():
         monkeypatch.setattr(synth, name, value)
-    again = synth.prepare(None, tmp_path, seed=0, options=synth.Options(num_train=25), num_jobs=1)
+    again = synth.prepare(None, tmp_path, seed=0, options=synth.Options(num_train=25, num_words=10), num_jobs=1)
     assert again.checksums == prepared.checksums
     for split in ("train", "valid", "test"):
         files = sorted((prepared.data_dir / "audio" / split).iterdir())
@@ -107,14 +109,15 @@ def test_same_bytes_whatever_the_number_of_jobs(
 
 @needs_espeak
 def test_prepared_audio_is_sane(prepared: Prepared) -> None:
-    assert prepared.counts == {"train": 25, "valid": 12, "test": 24}
+    assert prepared.counts == {"train": 35, "valid": 12, "test": 24}
     assert prepared.bad_rows == [] and (prepared.data_dir / "bad_rows.txt").read_text() == ""
     for split in ("train", "valid", "test"):
         for cut in prepared.load(split):
             assert soundfile.info(cut.recording.sources[0].source).samplerate == 16000
             samples = cut.load_audio()[0]
             words = len(cut.supervisions[0].text.split())
-            assert 0.15 < (cut.duration - 0.2) / words < 1.0  # seconds a word
+            # seconds a word; 0.2 to 0.8 s of the recording are the silence around the words
+            assert 0.15 < (cut.duration - 0.2) / words and (cut.duration - 0.8) / words < 1.0
             assert np.abs(samples).max() < 0.99
             assert -33 < 20 * np.log10(rms(samples)) < -19
             assert 10 <= cut.snr_db <= 20

@@ -55,10 +55,10 @@ def test_layout_on_disk(prepared: Prepared) -> None:
 def test_recombined_recordings_say_their_transcripts(corpus: Path, prepared: Prepared) -> None:
     training = {path.stem for path in yesno.split_recordings(list(corpus.glob("*.wav")))["train"]}
     made = [cut for cut in prepared.load("train") if cut.id.startswith("recombined")]
-    assert len({cut.supervisions[0].text for cut in made}) > 25
+    assert len({cut.supervisions[0].text for cut in made}) > 10  # one in three has a single word, so texts recur
     for cut in made:
         words = cut.supervisions[0].text.split()
-        assert 4 <= len(words) <= 12
+        assert 1 <= len(words) <= 10
         for word, source in zip(words, cut.sources, strict=True):
             stem, position = source.split(":")
             assert stem in training

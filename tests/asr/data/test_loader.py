@@ -363,3 +363,15 @@ def group_is_alive(group: int) -> bool:
 def test_wrong_settings_are_refused(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DataConfig(**values)
+
+
+def test_sorted_epochs_rise_in_duration_and_hold_the_same_cuts() -> None:
+    durations = [1.0 + (7 * i) % 50 / 10 for i in range(200)]
+    config = DataConfig(max_duration_s=20, sorted_epochs=1)
+    first, second = (plan_epoch(durations, config, seed=0, epoch=epoch) for epoch in (0, 1))
+    longest = [max(durations[i] for i in batch) for batch in first]
+    assert longest == sorted(longest)
+    assert [max(durations[i] for i in batch) for batch in second] != sorted(longest)
+    assert (
+        sorted(i for batch in first for i in batch) == sorted(i for batch in second for i in batch) == list(range(200))
+    )

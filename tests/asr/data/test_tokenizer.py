@@ -175,3 +175,13 @@ def test_a_missing_file_is_a_clear_error(tmp_path: Path) -> None:
 def test_wrong_settings_are_refused(kind: str, size: int) -> None:
     with pytest.raises(ValueError):
         TokenizerConfig(kind, size)
+
+
+def test_word_end_puts_a_token_behind_every_word() -> None:
+    tokenizer = Tokenizer.train(["NO YES", "YES"], TokenizerConfig("word_end"))
+    assert tokenizer.symbols == ["<blk>", "\u2581", "NO", "YES"]
+    assert tokenizer.encode("YES YES NO") == [3, 1, 3, 1, 2, 1]
+    assert tokenizer.decode([3, 1, 3, 1, 2]) == tokenizer.decode([3, 1, 3, 1, 2, 1]) == "YES YES NO"
+    with pytest.raises(UnknownToken, match="'MAYBE'"):
+        tokenizer.encode("YES MAYBE")
+    assert Tokenizer.from_state(tokenizer.to_state()) == tokenizer

@@ -86,3 +86,29 @@ def test_gradients_reach_every_parameter() -> None:
         n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all() or not p.grad.any()
     ]
     assert silent == []
+
+
+def test_context_dropout_hides_whole_contexts_while_training_only() -> None:
+    config = PredictorConfig(dim=8, dropout=0.0, context_dropout=0.5)
+    predictor = PREDICTORS["stateless"](config, 5)
+    targets = torch.tensor([[1, 2, 3]]).repeat(64, 1)
+    torch.manual_seed(0)
+    seen = {tuple(row.flatten().tolist()) for row in predictor(targets)}
+    assert len(seen) == 2  # with its context, or without all of it
+    hidden = predictor._embed(torch.full((1, 4, 2), -1)).flatten()
+    assert tuple(hidden.tolist()) in seen
+    assert len({tuple(row.flatten().tolist()) for row in predictor.eval()(targets)}) == 1
+    with pytest.raises(ValueError, match="needs kind=stateless"):
+        PredictorConfig(kind="lstm", context_dropout=0.5)
+    with pytest.raises(ValueError, match=r"outside \[0, 1\)"):
+        PredictorConfig(context_dropout=1.0)
+
+
+def test_an_untrained_model_says_blank_nine_times_in_ten() -> None:
+    experiment = from_dict({"model": {"preset": "xs", "ctc": True}})
+    torch.manual_seed(0)
+    model = Transducer(experiment.model, 50).eval()
+    features, feature_lens, *_ = _batch()
+    enc, _ = model.encode(features, feature_lens)
+    blank = model.ctc_log_probs(enc).exp()[..., 0]
+    assert 0.7 < blank.mean() < 0.98

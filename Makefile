@@ -8,7 +8,7 @@ STAMP := $(VENV)/.stamp-$(shell (cat pyproject.toml constraints.txt; $(PYTHON) -
 .PHONY: help setup demo test test-all lint types clean
 
 help:
-	@echo "make demo      speak, train, decode and score the embedded corpus (egs/synth), about 10 minutes on 2 cores"
+	@echo "make demo      speak, train, decode and score the embedded corpus (egs/synth)"
 	@echo "make test      the fast tests"
 	@echo "make test-all  all tests"
 	@echo "make lint      ruff"

@@ -258,5 +258,4 @@ def average_weights(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
                 total[name] += value
     if count == 0:
         raise ValueError("no weights to average")
-    first = {name: value for name, value in total.items()}
-    return {n: (v / count).float() if v.is_floating_point() else v for n, v in first.items()}
+    return {n: (v / count).float() if v.is_floating_point() else v for n, v in total.items()}

@@ -63,6 +63,7 @@ def emission_posteriors(
     cut_id: str = "",
     text: str = "",
     symbols: Sequence[str] = (),
+    topology: str = "regular",
 ) -> EmissionPosteriors:
     """Forward-backward over all alignments of one reference (Graves 2012, section 2.4), as training sees them.
 
@@ -72,9 +73,10 @@ def emission_posteriors(
         targets: token ids of the reference, no blanks; may be empty.
         cut_id, text: for the plot.
         symbols: of the vocabulary, to name the tokens; ids are shown without it.
+        topology: of the lattice that the model was trained on, see losses/lattice.py.
 
     Raises:
-        ValueError: the utterance is too short for a single encoder frame.
+        ValueError: the reference has more tokens than the topology allows, or the utterance is too short for a single encoder frame.
     """
     lens = torch.tensor([features.shape[0]], device=features.device)
     enc, enc_lens = model.encode(features[None], lens)
@@ -84,11 +86,14 @@ def emission_posteriors(
         raise ValueError(f"{name} has {features.shape[0]} feature frames, too few for an encoder frame; append silence")
     blank_lp, label_lp = _lattice_log_probs(model, enc[0, :frames], targets)
     one = torch.tensor([len(targets)])
-    found = occupancy(blank_lp[None], label_lp[None], torch.tensor([frames]), one)
-    # Who arrives at frame t with u tokens has taken the blank of frame t - 1 after u tokens.
-    start = torch.zeros(1, len(targets) + 1, dtype=torch.float64)
-    start[0, 0] = 1.0
-    arrival = torch.cat([start, found.blank[0, :-1].double()])
+    found = occupancy(blank_lp[None], label_lp[None], torch.tensor([frames]), one, topology=topology)
+    # Who arrives at frame t with u tokens has taken the blank of frame t - 1 after u tokens, or in "modified" the
+    # label of frame t - 1 after u - 1 tokens.
+    arrival = torch.zeros(frames, len(targets) + 1, dtype=torch.float64)
+    arrival[0, 0] = 1.0
+    arrival[1:] = found.blank[0, :-1]
+    if topology == "modified":
+        arrival[1:, 1:] += found.label[0, :-1]
     return EmissionPosteriors(
         cut_id=cut_id,
         text=text,
@@ -206,7 +211,17 @@ def write_emissions(
             except UnknownToken:
                 continue
             features = batch.features[0, : int(batch.feature_lens[0])]
-            found.append(emission_posteriors(model, features, targets, cut_id=cut.id, text=text, symbols=symbols))
+            found.append(
+                emission_posteriors(
+                    model,
+                    features,
+                    targets,
+                    cut_id=cut.id,
+                    text=text,
+                    symbols=symbols,
+                    topology=config.loss.topology,
+                )
+            )
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / f"emissions-{name}.json"
     path.write_text(json.dumps(emissions_to_dict(found), ensure_ascii=False), encoding="utf-8")

@@ -69,6 +69,7 @@ class Joiner(nn.Module):
         target_lens: Tensor,
         *,
         method: str,
+        topology: str,
         reduction: str,
         options: TransducerLossOptions,
     ) -> TransducerLossOutput:
@@ -87,6 +88,7 @@ class Joiner(nn.Module):
             target_lens,
             method=method,
             activation=self.activation,
+            topology=topology,
             reduction=reduction,
             options=options,
         )

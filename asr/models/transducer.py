@@ -44,6 +44,10 @@ class LossConfig:
 
     Args:
         method: a key of losses.LOSSES.
+        topology: "modified" spends a frame on every token, as all searches here and on devices do; "regular" (Graves
+            2012) may emit several in one frame. A predictor of short context cannot tell the second of two equal
+            words from the first: "regular" then has to spread each over several frames, none of them sure, since a
+            sure emission would be sure again in the same frame; "modified" lets it be sure.
         fastemit_lambda: FastEmit regularisation (Yu et al. 2021); 0 is off.
         delay_penalty: lambda of the delay-penalized transducer (Kang et al. 2023); 0 is off.
         alignment_power: gamma in -(1 / gamma) log sum over alignments of P(alignment)^gamma; above 1, emissions grow
@@ -54,6 +58,7 @@ class LossConfig:
     """
 
     method: str = "batched"
+    topology: Literal["regular", "modified"] = "modified"
     fastemit_lambda: float = 0.0
     delay_penalty: float = 0.0
     alignment_power: float = 1.0
@@ -122,6 +127,7 @@ class Transducer(nn.Module):
             enc_lens,
             target_lens,
             method=loss.method,
+            topology=loss.topology,
             reduction="sum",
             options=TransducerLossOptions(loss.fastemit_lambda, loss.delay_penalty, loss.alignment_power),
         )

@@ -93,7 +93,7 @@ def average(
         model.to(device)
         limit_s = experiment.decoding.batch_duration_s
         batches = eval_loader(valid_cuts, tokenizer, experiment.data, max_duration_s=limit_s)
-        validation = validate(model, batches, tokenizer, experiment.decoding, device)
+        validation = validate(model, batches, tokenizer, experiment, device)
         say(
             f"  {name}: {validation.errors} errors in {validation.words} words, loss {validation.loss:.4f} a token"
             " on the validation cuts"

@@ -270,9 +270,7 @@ class Trainer:
             max_duration_s=self.experiment.decoding.batch_duration_s,
         )
         try:
-            result = validate(
-                self.model, stop.watch(loader), self.data.tokenizer, self.experiment.decoding, self.device
-            )
+            result = validate(self.model, stop.watch(loader), self.data.tokenizer, self.experiment, self.device)
         finally:
             self.model.load_state_dict(current)
         progress = self.progress

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from kaldialign import edit_distance
@@ -12,8 +13,10 @@ from kaldialign import edit_distance
 from asr.data.batch import Batch
 from asr.data.tokenizer import Tokenizer
 from asr.decoding import SEARCHES
-from asr.decoding.search import DecodingConfig
 from asr.models.transducer import LossConfig, Transducer
+
+if TYPE_CHECKING:  # asr.config imports asr.training
+    from asr.config import Experiment
 
 
 @dataclass
@@ -40,7 +43,7 @@ def validate(
     model: Transducer,
     batches: Iterable[Batch],
     tokenizer: Tokenizer,
-    decoding: DecodingConfig,
+    experiment: Experiment,
     device: torch.device,
     chunk_frames: int | None = None,
 ) -> Validation:
@@ -48,8 +51,9 @@ def validate(
     was_training = model.training
     model.eval()
     total, tokens, errors, words = 0.0, 0, 0, 0
+    decoding = experiment.decoding
     search = SEARCHES[decoding.search]
-    options = LossConfig()
+    options = LossConfig(topology=experiment.loss.topology)
     for batch in batches:
         batch = batch.to(device)
         enc, enc_lens = model.encode(batch.features, batch.feature_lens, chunk_frames)

@@ -12,6 +12,7 @@ from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from asr.data.loader import DataConfig
 from asr.data.tokenizer import Tokenizer
 from asr.decoding import DecodingConfig
+from asr.models.transducer import LossConfig
 
 SYMBOLS = ["<blk>", "a", "b", "c", "▁"]
 
@@ -21,10 +22,10 @@ def tokenizer() -> Tokenizer:
 
 
 def config(**decoding: object) -> SimpleNamespace:
-    """The two parts of an experiment that decoding reads."""
+    """The parts of an experiment that decoding reads."""
     data = DataConfig(num_workers=0)
     data.features.storage = "on_the_fly"
-    return SimpleNamespace(data=data, decoding=DecodingConfig(**decoding))
+    return SimpleNamespace(data=data, decoding=DecodingConfig(**decoding), loss=LossConfig())
 
 
 def bursts(num_samples: int, seed: int) -> np.ndarray:

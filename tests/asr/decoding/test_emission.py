@@ -24,18 +24,27 @@ def random_table(frames: int, tokens: int, seed: int) -> torch.Tensor:
     return torch.randn(frames, tokens + 1, tokens + 1, generator=generator, dtype=torch.float64).softmax(-1)
 
 
-@pytest.mark.parametrize(("frames", "tokens"), [(4, 2), (3, 4), (5, 1), (1, 2), (3, 0)])
-def test_equals_enumeration_of_all_alignments(frames, tokens):
-    """Tokens are emitted at frames f_1 <= f_2 <= ...; every frame ends with a blank."""
+CASES = [("regular", 4, 2), ("regular", 3, 4), ("regular", 5, 1), ("regular", 1, 2), ("regular", 3, 0)]
+CASES += [("modified", 4, 2), ("modified", 3, 3), ("modified", 5, 1), ("modified", 3, 0)]
+
+
+@pytest.mark.parametrize(("topology", "frames", "tokens"), CASES)
+def test_equals_enumeration_of_all_alignments(topology, frames, tokens):
+    """Tokens are emitted at frames f_1 <= f_2 <= ...; every frame ends with a blank.
+
+    "modified": at frames f_1 < f_2 < ..., and only frames without a token have a blank.
+    """
+    modified = topology == "modified"
     table = random_table(frames, tokens, seed=frames)
     targets = list(range(1, tokens + 1))
-    found = emission_posteriors(FrameNumbers(table), torch.zeros(frames, 1), targets)
+    found = emission_posteriors(FrameNumbers(table), torch.zeros(frames, 1), targets, topology=topology)
     label = np.zeros((frames, tokens))
     blank, due, total = np.zeros(frames), np.zeros(frames), 0.0
     p = table.numpy()
-    for at in itertools.combinations_with_replacement(range(frames), tokens):
+    choose = itertools.combinations if modified else itertools.combinations_with_replacement
+    for at in choose(range(frames), tokens):
         weight = np.prod([p[t, u, targets[u]] for u, t in enumerate(at)])
-        weight *= np.prod([p[t, sum(f <= t for f in at), 0] for t in range(frames)])
+        weight *= np.prod([p[t, sum(f <= t for f in at), 0] for t in range(frames) if not (modified and t in at)])
         total += weight
         for u, t in enumerate(at):
             label[t, u] += weight

@@ -57,7 +57,7 @@ def test_every_candidate_is_scored_with_its_own_weights(data: TrainData, train_d
         loaded = checkpoint.load(path)
         loaded.model.load_state_dict(expected[candidate.name])
         batches = eval_loader(data.valid_cuts, TOKENIZER, loaded.config.data)
-        own = validate(loaded.model, batches, TOKENIZER, loaded.config.decoding, torch.device("cpu"))
+        own = validate(loaded.model, batches, TOKENIZER, loaded.config, torch.device("cpu"))
         assert (own.errors, own.words) == (candidate.validation.errors, candidate.validation.words)
         assert own.loss == pytest.approx(candidate.validation.loss, rel=1e-5)
     assert len({c.validation.loss for c in candidates}) >= 3

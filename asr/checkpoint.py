@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -245,17 +245,13 @@ def prune(folder: Path, keep_last: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def average_weights(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Arithmetic mean of checkpoints' weights, summed in float64."""
+def running_averages(states: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Arithmetic means of the weights of the first checkpoint, the first two, and so on, summed in float64."""
     total: dict[str, Tensor] = {}
-    count = 0
-    for state in states:
-        count += 1
+    for count, state in enumerate(states, 1):
         for name, value in state.items():
             if count == 1:
                 total[name] = value.double() if value.is_floating_point() else value.clone()
             elif value.is_floating_point():
                 total[name] += value
-    if count == 0:
-        raise ValueError("no weights to average")
-    return {n: (v / count).float() if v.is_floating_point() else v for n, v in total.items()}
+        yield {n: (v / count).float() if v.is_floating_point() else v for n, v in total.items()}

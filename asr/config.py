@@ -7,6 +7,7 @@ differences. Unknown keys are looked for here, before it, so that the nearest va
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import difflib
@@ -154,10 +155,23 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def make_parser() -> ArgumentParser:
-    """The parser of the whole tree; its help lists every key with type and default."""
+    """The parser of the whole tree."""
     parser = ArgumentParser(prog="--set", exit_on_error=False, usage="asr train --config FILE [--set KEY=VALUE ...]")
     parser.add_class_arguments(Experiment, as_group=False)
     return parser
+
+
+def keys_help() -> str:
+    """Every key that an override may set, with its meaning, type and default."""
+    parser = make_parser()
+    keys = dotted_keys()
+    leaves = [key for key in keys if not any(other.startswith(key + ".") for other in keys)]
+    for action in parser._actions:
+        # jsonargparse also takes --KEY+ VALUE to append to a list, and a file for a group of settings
+        action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
+        if action.dest not in leaves:
+            action.help = argparse.SUPPRESS
+    return parser.format_help()
 
 
 def from_dict(tree: dict[str, Any], source: str = "the configuration") -> Experiment:

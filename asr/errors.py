@@ -1,4 +1,4 @@
-"""Errors that a user can act on."""
+"""Errors that a user can act on, and the request to stop."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class UserError(ValueError):
     The message is one line: what is wrong, the value, the limit, and what to change. Command-line programs print it
     as ``error: <message>`` and exit with code 2, without a traceback.
     """
+
+
+class Terminated(BaseException):
+    """SIGTERM came. Not an ``Exception``: what guards against damaged files must not take it for damage."""

@@ -1,5 +1,5 @@
 """Method "batched": the logits of the whole batch at once, [B, T, U+1, V]. Simple and exact; memory grows with T * U *
-V.
+V. On CPU only the cells that an alignment can reach are computed, see losses/packed.py.
 
 `logits_loss` is one autograd.Function from logits to the loss of each utterance. With p = softmax(logits), b and l the
 occupancies of a cell's blank and label transition (losses/lattice.py), the gradient of -log P by the logits of that
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losses import backends, lattice
+from losses import backends, lattice, packed
 from losses.options import TransducerLossOptions
 from losses.shapes import Lengths
 
@@ -30,19 +30,11 @@ class _LogitsLoss(torch.autograd.Function):
         kernels = backends.load("logits", backend, logits.device, logits.dtype)
         with torch.autocast(logits.device.type, enabled=False):
             blank_lp, label_lp, normalizer = kernels.gather(logits, targets, lengths, blank, normalize)
-            if options.delay_penalty:
-                label_lp = penalize_delay(label_lp, lengths, options.delay_penalty)
             wanted = ctx.needs_input_grad[0]
-            power = options.alignment_power
-            if power != 1.0:
-                blank_lp, label_lp = blank_lp * power, label_lp * power
-            nll, blank_occ, label_occ = lattice.forward_backward(
-                blank_lp, label_lp, lengths, topology=topology, backend=backend, occupancies=wanted
+            nll, blank_occ, label_occ = lattice.regularized(
+                blank_lp, label_lp, lengths, topology, options, backend=backend, occupancies=wanted
             )
-            nll = nll / power
         if wanted:
-            if options.fastemit_lambda:
-                label_occ *= 1.0 + options.fastemit_lambda
             ctx.save_for_backward(source, targets, normalizer, blank_occ, label_occ)
             ctx.kernels, ctx.lengths, ctx.blank, ctx.clamp = kernels, lengths, blank, clamp
         return nll.to(blank_lp.dtype)
@@ -94,6 +86,11 @@ def batched_loss(
     options: TransducerLossOptions,
 ) -> Tensor:
     """-log P of each utterance [B] from checked inputs: the joiner over all cells, then `logits_loss`."""
+    if enc.device.type == "cpu" and torch.float16 not in (enc.dtype, packed.product_dtype(enc, pred)):
+        return packed.packed_loss(
+            enc, pred, weight, bias, targets, lengths,
+            activation=activation, topology=topology, blank=blank, options=options,
+        )  # fmt: skip
     # Zeros in the padding: else a NaN there would meet the gradient's 0 in the weight's matrix product, and 0 * NaN is
     # NaN.
     enc = enc.masked_fill(_padding(lengths.enc, enc), 0.0)
@@ -102,13 +99,6 @@ def batched_loss(
     hidden = hidden.tanh_() if activation == "tanh" else hidden.relu_()
     logits = torch.nn.functional.linear(hidden, weight, bias)
     return logits_loss(logits, targets, lengths, blank=blank, topology=topology, options=options)
-
-
-def penalize_delay(label_lp: Tensor, lengths: Lengths, delay_penalty: float) -> Tensor:
-    """label_lp [B, T, U] + lambda * ((T_b - 1) / 2 - t): early emissions gain (Kang et al. 2023, eq. 4)."""
-    t = torch.arange(label_lp.shape[1], device=label_lp.device, dtype=label_lp.dtype)
-    middle = (torch.tensor(lengths.enc, device=label_lp.device, dtype=label_lp.dtype) - 1) / 2
-    return label_lp + (delay_penalty * (middle[:, None] - t))[:, :, None]
 
 
 def _padding(lens: list[int], like: Tensor) -> Tensor:

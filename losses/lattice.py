@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from losses import backends
+from losses.options import TransducerLossOptions
 from losses.shapes import Lengths, check_lattice
 
 
@@ -78,6 +79,37 @@ def forward_backward(
     label = label_log_probs.detach().to(dtype).contiguous()
     kernels = backends.load("lattice", backend, blank.device, dtype)
     return kernels.forward_backward(blank, label, lengths, topology == "modified", occupancies)
+
+
+def regularized(
+    blank_lp: Tensor,
+    label_lp: Tensor,
+    lengths: Lengths,
+    topology: str,
+    options: TransducerLossOptions,
+    *,
+    backend: str | None = None,
+    occupancies: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`forward_backward` with the options: the value, and what the occupancies are in the gradient."""
+    if options.delay_penalty:
+        label_lp = _penalize_delay(label_lp, lengths, options.delay_penalty)
+    power = options.alignment_power
+    if power != 1.0:
+        blank_lp, label_lp = blank_lp * power, label_lp * power
+    nll, blank_occ, label_occ = forward_backward(
+        blank_lp, label_lp, lengths, topology=topology, backend=backend, occupancies=occupancies
+    )
+    if label_occ is not None and options.fastemit_lambda:
+        label_occ *= 1.0 + options.fastemit_lambda
+    return nll / power, blank_occ, label_occ
+
+
+def _penalize_delay(label_lp: Tensor, lengths: Lengths, delay_penalty: float) -> Tensor:
+    """label_lp [B, T, U] + lambda * ((T_b - 1) / 2 - t): early emissions gain (Kang et al. 2023, eq. 4)."""
+    t = torch.arange(label_lp.shape[1], device=label_lp.device, dtype=label_lp.dtype)
+    middle = (torch.tensor(lengths.enc, device=label_lp.device, dtype=label_lp.dtype) - 1) / 2
+    return label_lp + (delay_penalty * (middle[:, None] - t))[:, :, None]
 
 
 class _LatticeLoss(torch.autograd.Function):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from asr.cli.guard import Parser, guarded, log_to_stdout, nearest
+from asr.cli.guard import Parser, end_of_process, guarded, log_to_stdout, nearest
 from asr.errors import UserError
 from recipes.corpora import CORPORA
 from recipes.engine import StageStopped
@@ -172,5 +172,6 @@ def _run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``python -m recipes`` with ``argv`` (default: the process's) and returns the exit code."""
-    words = sys.argv[1:] if argv is None else argv
-    return guarded(lambda: _run(words))
+    if argv is None:
+        return end_of_process(guarded(lambda: _run(sys.argv[1:])))
+    return guarded(lambda: _run(argv))

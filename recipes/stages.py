@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from asr.cli.guard import stopped_by_sigterm
 from asr.config import Experiment, load_experiment, to_dict
 from asr.data.bad_rows import BadRow, report_bad_rows
 from asr.data.manifests import load_cuts, save_cuts
 from asr.device import resolve_device
-from asr.errors import UserError
+from asr.errors import Terminated, UserError
 from recipes.corpora import CORPORA, Corpus
 from recipes.engine import Pipeline, Stage, StageStopped, write_atomic
 
@@ -136,15 +137,19 @@ def run_train(recipe: Recipe) -> None:
     from asr.training.trainer import train
 
     out = recipe.path("train")
-    data = load_train_data(
-        recipe.experiment,
-        recipe.path("data/features/cuts_train.jsonl.gz"),
-        recipe.path("data/features/cuts_valid.jsonl.gz"),
-        Tokenizer.load(recipe.path("tokenizer/tokenizer.json")),
-        FeatureStats.load(recipe.path("data/features/stats.json")),
-        out,
-    )
-    result = train(recipe.experiment, data, out, resume="auto", device=recipe.device, command=recipe.command)
+    try:
+        with stopped_by_sigterm():
+            data = load_train_data(
+                recipe.experiment,
+                recipe.path("data/features/cuts_train.jsonl.gz"),
+                recipe.path("data/features/cuts_valid.jsonl.gz"),
+                Tokenizer.load(recipe.path("tokenizer/tokenizer.json")),
+                FeatureStats.load(recipe.path("data/features/stats.json")),
+                out,
+            )
+            result = train(recipe.experiment, data, out, resume="auto", device=recipe.device, command=recipe.command)
+    except Terminated:
+        raise StageStopped("SIGTERM with nothing left to save") from None
     if result.reason == "terminated":
         raise StageStopped(f"SIGTERM at step {result.step}, saved in {result.checkpoint}")
 

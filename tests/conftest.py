@@ -54,3 +54,13 @@ def corpus_dir(pytestconfig: pytest.Config) -> Path:
     if not folder.is_dir():
         raise pytest.UsageError(f"--corpus-dir {folder} is not a folder; unpack the corpora there or leave it out")
     return folder.resolve()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cuts of tests/asr/training/runs.py with their features; the tests of a file share it and only read it."""
+    from tests.asr.training.runs import write_data  # imports torch, which most tests need not wait for
+
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder

@@ -1,7 +1,7 @@
 """What every command line of the toolkit shares: a strict argument parser, and errors as one line.
 
-Exit codes: 0 done, 1 a fault of the program (with traceback), 2 something that the user can mend (one line
-``error: ...`` on stderr, no traceback), 130 interrupted.
+Exit codes: 0 done, or stopped by SIGTERM with nothing lost, 1 a fault of the program (with traceback), 2 something that
+the user can mend (one line ``error: ...`` on stderr, no traceback), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import difflib
 import errno
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
-from asr.errors import UserError
+from asr.errors import Terminated, UserError
 
 _OS_HINTS = {
     errno.ENOSPC: "no space left on the disk; free some space or choose another folder, then run this again",
@@ -81,6 +84,27 @@ def describe(error: BaseException) -> str:
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM raises ``Terminated`` at once: for work that leaves nothing to save.
+
+    The training loop, which has something to save, takes the signal over while it runs.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    try:
+        old = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: someone else owns the signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
 def guarded(call: Callable[[], int]) -> int:
     """Runs ``call`` and returns the exit code (head of this module). Other exceptions pass: they are our own faults."""
     try:
@@ -88,6 +112,9 @@ def guarded(call: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Terminated:
+        print("SIGTERM: stopped with nothing left to save; the same command goes on", flush=True)
+        return 0
     except BrokenPipeError:
         # The reader of our output has gone (`... | head`): keep the interpreter from failing again at its last flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -97,6 +124,12 @@ def guarded(call: Callable[[], int]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return int(getattr(error, "exit_code", 2))
+
+
+def end_of_process(code: int) -> int:
+    """``code``, which SIGTERM can no longer change: with torch loaded, the interpreter takes a second to shut down."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return code
 
 
 class _StdoutHandler(logging.Handler):

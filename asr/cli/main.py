@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from asr.cli.guard import Parser, guarded, nearest
+from asr.cli.guard import Parser, end_of_process, guarded, nearest
 from asr.errors import UserError
 
 # name -> one line for `asr --help`. A module is imported only when its name is asked for: torch takes seconds to load.
@@ -51,8 +51,9 @@ def _run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the ``asr`` command line and returns its exit code."""
-    words = sys.argv[1:] if argv is None else argv
-    return guarded(lambda: _run(words))
+    if argv is None:
+        return end_of_process(guarded(lambda: _run(sys.argv[1:])))
+    return guarded(lambda: _run(argv))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from asr.cli.guard import stopped_by_sigterm
+
 HELP = "Trains a model from cut manifests with features and a configuration; SIGTERM saves and stops, --resume goes on."
 
 
@@ -20,9 +22,9 @@ class _HelpKeys(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        from asr.config import make_parser
+        from asr.config import keys_help
 
-        make_parser().print_help()
+        print(keys_help(), end="")
         parser.exit()
 
 
@@ -44,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    with stopped_by_sigterm():  # loading and preparing may take minutes
+        return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
     from asr.config import load_experiment
 
     overrides = list(args.set)

@@ -5,48 +5,42 @@ from __future__ import annotations
 import math
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import soundfile
-from scipy.signal import resample_poly
+from scipy.signal import firwin, resample_poly
 
-from asr.data.augmentation import SAMPLE_RATE_HZ
 from asr.errors import UserError
+
+SAMPLE_RATE_HZ = 16000
 
 _UNKNOWN_LENGTHS = (0, 0x7FFFFFFF, 0xFFFFFFFF)
 """Programs that stream into a pipe declare one of these because they cannot know the length."""
 
 
+class AudioError(UserError):
+    """A recording cannot be used; the message is the reason, without the file name."""
+
+
 def audio_problem(path: str | os.PathLike[str], num_samples: int | None = None) -> str | None:
     """Why an audio file cannot be used, or None if it can.
 
-    Wav files are judged by header and size, since libsndfile reads truncated ones without a word; other formats are
-    decoded.
+    Wav files are judged by header and size; other formats are decoded.
 
     Args:
         path: the file.
         num_samples: samples per channel that it should hold, where that is known.
     """
-    path = Path(path)
     try:
-        if path.stat().st_size == 0:
-            return "the file is empty"
-        if path.suffix.lower() == ".wav":
-            problem = _wav_problem(path)
-            if problem is not None:
-                return problem
-        with soundfile.SoundFile(str(path)) as file:
-            declared = len(file)
-            held = declared if path.suffix.lower() == ".wav" else _decoded_length(file)
-    except FileNotFoundError:
-        return "the file does not exist"
-    except OSError as error:
-        return f"the file cannot be read ({error.strerror or error})"
-    except RuntimeError as error:  # libsndfile's errors
-        return f"not an audio file, or one of an unknown kind ({_tail(error)})"
-    if held < declared:
-        return f"truncated: {held} of {declared} samples can be read"
+        with _opened(path) as file:
+            held = len(file) if file.format in ("WAV", "WAVEX") else _decoded_length(file)
+            _check_length(held, len(file))
+    except AudioError as error:
+        return str(error)
     if held == 0:
         return "it holds no samples"
     if num_samples is not None and held != num_samples:
@@ -54,55 +48,90 @@ def audio_problem(path: str | os.PathLike[str], num_samples: int | None = None) 
     return None
 
 
-def read_audio(path: str | os.PathLike[str]) -> np.ndarray:
+def read_audio(path: str | os.PathLike[str], max_duration_s: float = math.inf) -> np.ndarray:
     """Samples of any recording, float32 [N] in [-1, 1] at 16 kHz; channels are averaged, other rates resampled.
 
     Raises:
-        UserError: the file is missing, truncated or not audio; the message names it and says why.
+        AudioError: the file is missing, truncated, not audio, longer than ``max_duration_s``, or has samples that are
+            not finite.
     """
-    problem = audio_problem(path)
-    if problem is not None:
-        raise UserError(f"cannot use {path}: {problem}")
-    try:
-        samples, rate_hz = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot use {path}: {_tail(error)}") from error
-    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
+    with _opened(path) as file:
+        rate_hz, declared = file.samplerate, len(file)
+        if declared > max_duration_s * rate_hz:
+            raise AudioError(
+                f"{declared / rate_hz:.0f} s long, over the limit of decoding.batch_duration_s={max_duration_s:g};"
+                " cut it into parts, or raise the limit if memory allows"
+            )
+        channels = file.read(dtype="float64", always_2d=True)
+    _check_length(len(channels), declared)
+    mono = channels.mean(axis=1)
     if not np.isfinite(mono).all():
-        raise UserError(f"cannot use {path}: it holds samples that are not finite numbers")
-    if rate_hz != SAMPLE_RATE_HZ:
-        divisor = math.gcd(rate_hz, SAMPLE_RATE_HZ)
-        mono = resample_poly(mono, SAMPLE_RATE_HZ // divisor, rate_hz // divisor)
-    return np.ascontiguousarray(mono, dtype=np.float32)
+        raise AudioError("it holds samples that are not finite numbers")
+    return resample(mono, rate_hz)
 
 
-def _wav_problem(path: Path) -> str | None:
-    """Compare the length that the header declares with that of the file."""
+def resample(samples: np.ndarray, rate_hz: int, target_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
+    """Polyphase resampling of [N] samples to [ceil(N * target / rate)] float32; images and aliases are below -75 dB."""
+    if rate_hz == target_hz or not len(samples):
+        return np.ascontiguousarray(samples, dtype=np.float32)
+    divisor = math.gcd(rate_hz, target_hz)
+    up, down = target_hz // divisor, rate_hz // divisor
+    return resample_poly(samples, up, down, window=_low_pass(up, down)).astype(np.float32)
+
+
+@cache
+def _low_pass(up: int, down: int) -> np.ndarray:
+    """scipy's default length with a steeper window; designing it takes as long as filtering a short utterance."""
+    widest = max(up, down)
+    return firwin(2 * 10 * widest + 1, 1 / widest, window=("kaiser", 8.0))
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile]:
+    """An audio file that is whole as far as its header tells; errors of reading it become ``AudioError``."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise AudioError("this is a folder, not an audio file")
+        if path.stat().st_size == 0:
+            raise AudioError("the file is empty")
+        _check_wav_is_whole(path)
+        with soundfile.SoundFile(str(path)) as file:
+            yield file
+    except FileNotFoundError:
+        raise AudioError("the file does not exist") from None
+    except OSError as error:
+        raise AudioError(f"the file cannot be read ({error.strerror or error})") from error
+    except (RuntimeError, TypeError) as error:  # libsndfile's errors; TypeError: headerless formats such as .raw
+        raise AudioError(f"not readable as audio ({_tail(error)})") from error
+
+
+def _check_wav_is_whole(path: Path) -> None:
+    """Compare the size that a wav header declares with the file: libsndfile reads truncated files without a word."""
     with open(path, "rb") as file:
         head = file.read(12)
-        if len(head) < 12 or head[:4] not in (b"RIFF", b"RIFX", b"RF64") or head[8:12] != b"WAVE":
-            return "not a wav file (it has no RIFF/WAVE header)"
-        if head[:4] != b"RIFF":
-            return None
+        if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
+            return
         while True:
             chunk = file.read(8)
             if len(chunk) < 8:
-                return "truncated: the wav header has no data chunk"
+                raise AudioError("truncated: the wav header has no data chunk")
             name, length = struct.unpack("<4sI", chunk)
             if name == b"data":
-                held = path.stat().st_size - file.tell()
                 break
             file.seek(length + length % 2, os.SEEK_CUR)
+        held = path.stat().st_size - file.tell()
     if length not in _UNKNOWN_LENGTHS and held < length:
-        return f"truncated: the header declares {length} bytes of samples, the file holds {held}"
-    return None
+        raise AudioError(f"truncated: the header declares {length} bytes of samples, the file holds {held}")
+
+
+def _check_length(held: int, declared: int) -> None:
+    if held < declared:
+        raise AudioError(f"truncated: {held} of {declared} samples can be read")
 
 
 def _decoded_length(file: soundfile.SoundFile) -> int:
-    held = 0
-    for block in file.blocks(blocksize=1 << 18, dtype="float32"):
-        held += len(block)
-    return held
+    return sum(len(block) for block in file.blocks(blocksize=1 << 18, dtype="float32"))
 
 
 def _tail(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from lhotse import MonoCut
 
-SAMPLE_RATE_HZ = 16000
+from asr.data.audio import SAMPLE_RATE_HZ
 
 
 @dataclass

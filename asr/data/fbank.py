@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lhotse.features.base import FeatureExtractor, register_extractor
 
-from asr.data.augmentation import SAMPLE_RATE_HZ
+from asr.data.audio import SAMPLE_RATE_HZ
 
 FRAME_SHIFT_MS = 10
 FRAME_SHIFT_SAMPLES = SAMPLE_RATE_HZ * FRAME_SHIFT_MS // 1000

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from lhotse import CutSet, Features, MonoCut
 
-from asr.data.audio import audio_problem
-from asr.data.augmentation import SAMPLE_RATE_HZ, AugmentConfig, augment_samples, expand_cuts
+from asr.data.audio import SAMPLE_RATE_HZ, audio_problem
+from asr.data.augmentation import AugmentConfig, augment_samples, expand_cuts
 from asr.data.bad_rows import BadRow
 from asr.data.fbank import (
     FRAME_SHIFT_MS,

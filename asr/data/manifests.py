@@ -12,8 +12,7 @@ from pathlib import Path
 from lhotse import CutSet, MonoCut
 from lhotse.serialization import deserialize_item
 
-from asr.data.audio import audio_problem
-from asr.data.augmentation import SAMPLE_RATE_HZ
+from asr.data.audio import SAMPLE_RATE_HZ, audio_problem
 from asr.data.bad_rows import BadRow, report_bad_rows, write_bad_rows
 from asr.data.fbank import FeatureConfig, num_encoder_frames
 from asr.data.tokenizer import Tokenizer, UnknownToken

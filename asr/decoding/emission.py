@@ -76,7 +76,8 @@ def emission_posteriors(
         topology: of the lattice that the model was trained on, see losses/lattice.py.
 
     Raises:
-        ValueError: the reference has more tokens than the topology allows, or the utterance is too short for a single encoder frame.
+        ValueError: the reference has more tokens than the topology allows, or the utterance is too short for a single
+            encoder frame.
     """
     lens = torch.tensor([features.shape[0]], device=features.device)
     enc, enc_lens = model.encode(features[None], lens)

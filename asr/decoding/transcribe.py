@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import soundfile
 import torch
-from scipy.signal import resample_poly
 
+from asr.data.audio import SAMPLE_RATE_HZ, AudioError, read_audio
 from asr.data.fbank import Fbank, pad_tail
 from asr.data.tokenizer import Tokenizer
 from asr.decoding.decode import decode_features, evaluation_mode
 from asr.decoding.search import Hypothesis
-from asr.errors import UserError
 
 if TYPE_CHECKING:  # asr.config imports asr.decoding
     from asr.config import Experiment
-
-SAMPLE_RATE_HZ = 16_000
-
-
-class AudioError(UserError):
-    """An audio file that cannot be used. The message does not repeat the path."""
 
 
 @dataclass(frozen=True)
@@ -38,39 +29,6 @@ class Transcript:
     hypothesis: Hypothesis | None = None
     duration_s: float = 0.0
     error: str | None = None
-
-
-def read_audio(path: Path, max_duration_s: float = math.inf) -> np.ndarray:
-    """Samples as float32 ``[N]`` in [-1, 1] at 16 kHz: channels are averaged, other rates resampled (polyphase filter).
-
-    Raises:
-        AudioError: absent, not readable as audio, longer than ``max_duration_s``, or with samples that are not finite.
-    """
-    if not path.exists():
-        raise AudioError("no such file")
-    if path.is_dir():
-        raise AudioError("this is a folder; pass audio files")
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate_hz = file.samplerate
-            duration_s = file.frames / rate_hz
-            if duration_s > max_duration_s:
-                raise AudioError(
-                    f"{duration_s:.0f} s long, over the limit of decoding.batch_duration_s={max_duration_s:g};"
-                    " cut it into parts, or raise the limit if memory allows"
-                )
-            channels = file.read(dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError, TypeError) as error:  # TypeError: headerless formats such as .raw
-        raise AudioError(f"not readable as audio ({' '.join(str(error).split())})") from None
-    except OSError as error:
-        raise AudioError(f"cannot be read ({error.strerror or error})") from None
-    samples = channels.mean(axis=1, dtype=np.float32)
-    if not np.isfinite(samples).all():
-        raise AudioError("holds samples that are not finite numbers")
-    if rate_hz != SAMPLE_RATE_HZ and samples.size:
-        divisor = math.gcd(SAMPLE_RATE_HZ, rate_hz)
-        samples = resample_poly(samples, SAMPLE_RATE_HZ // divisor, rate_hz // divisor).astype(np.float32)
-    return samples
 
 
 def transcribe_files(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from asr import checkpoint
 from asr.data.loader import eval_loader
@@ -26,34 +26,41 @@ class Candidate:
     validation: Validation
 
 
-def _candidates(
-    train_dir: Path, config: AverageConfig, say: Callable[[str], None]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    paths = []
-    for path in checkpoint.step_checkpoints(train_dir / "checkpoints"):
+def _whole(train_dir: Path, say: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The step checkpoints that are whole, newest first; each is read when it is asked for."""
+    for path in reversed(checkpoint.step_checkpoints(train_dir / "checkpoints")):
         try:
-            checkpoint.read(path)
-            paths.append(path)
+            yield path, checkpoint.read(path)
         except checkpoint.CheckpointError as err:
             say(f"warning: {err}; left out of the average")
-    if not paths:
-        raise UserError(f"no whole checkpoint in {train_dir / 'checkpoints'}; run the train stage first")
-    for count in sorted({min(n, len(paths)) for n in config.last}):
-        payload = checkpoint.read(paths[-1])
-        payload["model"] = checkpoint.average_weights(checkpoint.read(p)["model"] for p in paths[-count:])
-        yield f"last-{count}", payload
-    if config.ema:
-        payload = checkpoint.read(paths[-1])
-        if payload.get("training", {}).get("ema") is not None:
-            payload["model"] = payload["training"]["ema"]
-            yield "ema", payload
-    if config.best and (train_dir / "best.pt").is_file():
+
+
+def _candidates(
+    newest: dict[str, Any],
+    older: Iterator[tuple[Path, dict[str, Any]]],
+    best_path: Path,
+    config: AverageConfig,
+    say: Callable[[str], None],
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and content of each candidate; each checkpoint is read once, one is in memory at a time."""
+    ema = (newest.pop("training", None) or {}).get("ema")
+    count = 0
+    states = chain([newest["model"]], map(lambda read: read[1]["model"], older))
+    wanted = max(config.last, default=0)
+    for count, mean in enumerate(islice(checkpoint.running_averages(states), wanted), 1):
+        if count in config.last:
+            yield f"last-{count}", {**newest, "model": mean}
+    if config.last and count not in config.last:  # fewer checkpoints than were asked for
+        yield f"last-{count}", {**newest, "model": mean}
+    if config.ema and ema is not None:
+        yield "ema", {**newest, "model": ema}
+    if config.best and best_path.is_file():
         try:
-            payload = checkpoint.read(train_dir / "best.pt")
+            best = checkpoint.read(best_path)
         except checkpoint.CheckpointError as err:
             say(f"warning: {err}; no candidate")
         else:
-            yield "best", payload
+            yield "best", best
 
 
 def average(
@@ -79,33 +86,33 @@ def average(
     Raises:
         UserError: no whole checkpoint, or no candidate is asked for.
     """
-    newest = checkpoint.newest_good(train_dir / "checkpoints", say)
-    if newest is None:
-        raise UserError(f"no whole checkpoint in {train_dir / 'checkpoints'}; run the train stage first")
-    experiment = checkpoint.experiment_of(checkpoint.read(newest), str(newest))
     device = torch.device(device)
-    scored: list[tuple[Candidate, dict[str, Any]]] = []
-    for name, payload in _candidates(train_dir, config or experiment.average, say):
+    whole = _whole(train_dir, say)
+    path, newest = next(whole, (None, {}))
+    if path is None:
+        raise UserError(f"no whole checkpoint in {train_dir / 'checkpoints'}; run the train stage first")
+    experiment = checkpoint.experiment_of(newest, str(path))
+    limit_s = experiment.decoding.batch_duration_s
+    scored: list[Candidate] = []
+    chosen: dict[str, Any] = {}
+    for name, payload in _candidates(newest, whole, train_dir / "best.pt", config or experiment.average, say):
         tokenizer = checkpoint.tokenizer_of(payload)
         model = Transducer(experiment.model, payload["vocab_size"])
-        weights: dict[str, Tensor] = payload["model"]
-        checkpoint.load_weights(model, weights, name)
+        checkpoint.load_weights(model, payload["model"], name)
         model.to(device)
-        limit_s = experiment.decoding.batch_duration_s
         batches = eval_loader(valid_cuts, tokenizer, experiment.data, max_duration_s=limit_s)
         validation = validate(model, batches, tokenizer, experiment, device)
         say(
             f"  {name}: {validation.errors} errors in {validation.words} words, loss {validation.loss:.4f} a token"
             " on the validation cuts"
         )
-        scored.append((Candidate(name, validation), payload))
+        if not scored or validation.rank < min(candidate.validation.rank for candidate in scored):
+            chosen = {**payload, "averaged": name}
+        scored.append(Candidate(name, validation))
     if not scored:
         raise UserError("average.last is empty and neither average.ema nor average.best gives a candidate; ask for one")
-    scored.sort(key=lambda pair: pair[0].validation.rank)
-    chosen, payload = scored[0]
-    payload.pop("training", None)
-    payload["averaged"] = chosen.name
-    path = train_dir / "average.pt"
-    checkpoint.atomic_save(payload, path)
-    say(f"  chosen: {chosen.name}, written to {path}")
-    return path, [candidate for candidate, _ in scored]
+    scored.sort(key=lambda candidate: candidate.validation.rank)
+    out = train_dir / "average.pt"
+    checkpoint.atomic_save(chosen, out)
+    say(f"  chosen: {chosen['averaged']}, written to {out}")
+    return out, scored

@@ -90,7 +90,7 @@ class PartTimer:
 
 
 def random_batch(audio_s: float, utterance_s: float, tokens_per_s: float, vocab_size: int, num_bins: int) -> Batch:
-    """A batch of a length bucket: utterances of 0.8 to 1 times the longest, utterance_s on average.
+    """A batch of a length bucket: utterances of 0.9 to 1 times the longest, utterance_s on average.
 
     Args:
         audio_s: audio in the batch, rounded to whole utterances.
@@ -101,7 +101,7 @@ def random_batch(audio_s: float, utterance_s: float, tokens_per_s: float, vocab_
     """
     generator = torch.Generator().manual_seed(0)
     size = max(1, round(audio_s / utterance_s))
-    durations_s = utterance_s * torch.linspace(8 / 9, 10 / 9, size)[torch.randperm(size, generator=generator)]
+    durations_s = utterance_s * torch.linspace(18 / 19, 20 / 19, size)[torch.randperm(size, generator=generator)]
     feature_lens = (durations_s * FRAMES_PER_S).round().long().clamp(min=7)
     # "modified" spends a frame on each token
     target_lens = torch.minimum((durations_s * tokens_per_s).round().long(), (feature_lens - 3) // 4)

@@ -11,7 +11,7 @@ from typing import Any
 
 from asr.checkpoint import atomic_save
 from asr.data.batch import Batch
-from asr.errors import UserError
+from asr.errors import Terminated, UserError
 
 
 class TooManyBadBatches(UserError):
@@ -57,12 +57,11 @@ class BadBatches:
             )
 
 
-class Terminated(Exception):
-    """SIGTERM came; raised between steps, where the state can be saved."""
-
-
 class Termination:
-    """Turns SIGTERM into a flag that the training loop reads between steps; the old handler comes back at exit."""
+    """Turns SIGTERM into a flag that the training loop reads between steps, where the state can be saved.
+
+    The old handler comes back at exit.
+    """
 
     def __init__(self) -> None:
         self.requested = False

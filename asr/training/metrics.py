@@ -27,9 +27,14 @@ class MetricsWriter:
     """Appends one JSON object a line to metrics.jsonl, and numbers to TensorBoard.
 
     A resumed run appends; a reader lets the later of two records of one step win.
+
+    Args:
+        out_dir: receives metrics.jsonl and tensorboard/.
+        tensorboard: also write TensorBoard events.
+        step: steps that lie behind; TensorBoard drops what an earlier process logged of later ones.
     """
 
-    def __init__(self, out_dir: Path, tensorboard: bool):
+    def __init__(self, out_dir: Path, tensorboard: bool, step: int = 0):
         path = out_dir / "metrics.jsonl"
         torn = _lacks_newline(path)
         self._file = open(path, "a", encoding="utf-8")
@@ -39,7 +44,8 @@ class MetricsWriter:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(out_dir / "tensorboard"), max_queue=100, flush_secs=30)
+            folder = str(out_dir / "tensorboard")
+            self._board = SummaryWriter(folder, purge_step=step + 1, max_queue=100, flush_secs=30)
 
     def write(self, kind: str, **values: Any) -> None:
         record = {"kind": kind, **{name: _finite(value) for name, value in values.items()}}

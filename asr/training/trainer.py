@@ -25,9 +25,10 @@ from asr.data.features import FeatureStats
 from asr.data.loader import DataConfig, eval_loader, explain_dead_worker, train_loader
 from asr.data.tokenizer import Tokenizer
 from asr.environment import cpu
-from asr.errors import UserError
+from asr.errors import Terminated, UserError
 from asr.models.transducer import LossConfig, Transducer, TransducerLosses, parameter_counts
-from asr.training.faults import BadBatches, Terminated, Termination
+from asr.training.faults import BadBatches, Termination
+from asr.training.memory import keep_freed_memory
 from asr.training.metrics import MetricsWriter, ProgressLine, clock
 from asr.training.optim import WeightAverage, learning_rate, make_optimizer
 from asr.training.precision import autocast, resolve_precision
@@ -46,7 +47,7 @@ class TrainData:
 
 @dataclass
 class TrainResult:
-    """How a run ended: reason "finished" or "terminated" (SIGTERM), and the newest checkpoint."""
+    """How a run ended: reason "finished" or "terminated" (SIGTERM, also after the last step), newest checkpoint."""
 
     reason: str
     step: int
@@ -100,6 +101,8 @@ class Trainer:
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"--device {device}: this machine has no usable CUDA device; use --device cpu")
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.command = command or shlex.join(sys.argv)
         self.precision = resolve_precision(self.config.precision, self.device)
         self.checkpoints = self.out_dir / "checkpoints"
@@ -198,7 +201,8 @@ class Trainer:
     def step(self, batches: list[Batch], bad: BadBatches) -> dict[str, Any]:
         """One optimizer step over ``batches``; returns what metrics.jsonl records of it.
 
-        The summed loss is divided by the count over all batches, so that accumulation equals one large batch.
+        The summed loss is divided by the count over all batches that are used, so that accumulation equals one large
+        batch of them.
         """
         progress, optim = self.progress, self.experiment.optim
         # dropout depends on the step alone: a resumed run needs no generator state
@@ -225,6 +229,11 @@ class Trainer:
             sums["loss"] += losses.loss.item()
             sums["transducer_loss"] += losses.transducer.item()
             sums["ctc_loss"] += 0.0 if losses.ctc is None else losses.ctc.item()
+        used_count = self._count(used)
+        if used and len(used) < len(batches):  # each was divided by the count of all: those that were skipped too
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(max(count, 1) / max(used_count, 1))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip_grad_norm or math.inf)
         if used and not bool(torch.isfinite(norm)):
             for batch in used:
@@ -237,7 +246,6 @@ class Trainer:
         progress.batch += len(batches)
         progress.consumed_s += audio_s
         progress.bad_batches = bad.count
-        used_count = self._count(used)
         averages: dict[str, Any] = {n: value / max(used_count, 1) if used else math.nan for n, value in sums.items()}
         if self.experiment.loss.ctc_weight == 0:
             averages["ctc_loss"] = None
@@ -320,15 +328,15 @@ class Trainer:
     def _at_step_limit(self) -> bool:
         return bool(self.config.max_steps) and self.progress.step >= self.config.max_steps
 
-    def run(self) -> TrainResult:
-        """Trains to the end, or until SIGTERM; either way the newest state is on disk afterwards."""
+    def run(self, stop: Termination) -> TrainResult:
+        """Trains to the end, or until ``stop``; either way the newest state is on disk afterwards."""
         for path in checkpoint.set_aside_later(self.checkpoints, self.progress.step):
             self.line.say(f"warning: a checkpoint of a later step than this run's is set aside as {path}")
         best_path = self.out_dir / "best.pt"
         if self.progress.step == 0 and best_path.is_file():  # another run's; averaging would take it for a candidate
             best_path.replace(best_path.with_name("best.pt.old"))
         (self.out_dir / "config.yaml").write_text(dump(self.experiment), encoding="utf-8")
-        metrics = MetricsWriter(self.out_dir, self.config.tensorboard)
+        metrics = MetricsWriter(self.out_dir, self.config.tensorboard, self.progress.step)
         counts = parameter_counts(self.model)
         metrics.write(
             "start",
@@ -352,19 +360,18 @@ class Trainer:
             lambda **fields: metrics.write("bad_batch", **fields),
             self.line.say,
         )
-        reason, saved, best = "failed", None, None
+        saved = next(reversed(checkpoint.step_checkpoints(self.checkpoints)), None)
+        reason, best = "failed", None
         try:
-            with Termination() as stop:
-                try:
-                    while not self._finished():
-                        self._epoch(bad, metrics, stop)
-                        best = self._close_epoch(metrics, stop) or best
-                        saved = self.save()
-                    reason = "finished"
-                except Terminated:
-                    saved = self.save()
-                    reason = "terminated"
-                    self.line.say(f"SIGTERM: saved {saved}; continue with --resume auto")
+            while not self._finished():
+                self._epoch(bad, metrics, stop)
+                best = self._close_epoch(metrics, stop) or best
+                saved = self.save()
+            reason = "finished"
+        except Terminated:
+            saved = self.save()
+            reason = "terminated"
+            self.line.say(f"SIGTERM: saved {saved}; continue with --resume auto")
         except RuntimeError as error:
             # torch reports a killed data worker from a signal handler, wherever the main process happens to be
             explained = explain_dead_worker(error)
@@ -482,8 +489,10 @@ def train(
     start = find_resume(resume, Path(out_dir), trainer.line.say)
     if start is not None:
         trainer.resume(start)
-    try:
-        return trainer.run()
-    finally:
-        # a run that failed needs its report most
-        write_report(Path(out_dir))
+    with Termination() as stop:
+        try:
+            result = trainer.run(stop)
+        finally:
+            # a run that failed needs its report most
+            write_report(Path(out_dir))
+    return replace(result, reason="terminated") if stop.requested else result

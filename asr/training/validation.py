@@ -13,6 +13,7 @@ from kaldialign import edit_distance
 from asr.data.batch import Batch
 from asr.data.tokenizer import Tokenizer
 from asr.decoding import SEARCHES
+from asr.decoding.decode import evaluation_mode
 from asr.models.transducer import LossConfig, Transducer
 
 if TYPE_CHECKING:  # asr.config imports asr.training
@@ -48,20 +49,18 @@ def validate(
     chunk_frames: int | None = None,
 ) -> Validation:
     """One pass over ``batches``; the model's mode is restored afterwards."""
-    was_training = model.training
-    model.eval()
     total, tokens, errors, words = 0.0, 0, 0, 0
     decoding = experiment.decoding
     search = SEARCHES[decoding.search]
     options = LossConfig(topology=experiment.loss.topology)
-    for batch in batches:
-        batch = batch.to(device)
-        enc, enc_lens = model.encode(batch.features, batch.feature_lens, chunk_frames)
-        total += float(model.transducer_loss(enc, enc_lens, batch.targets, batch.target_lens, options).loss)
-        tokens += int(batch.target_lens.sum())
-        for text, hypothesis in zip(batch.texts, search(model, enc, enc_lens, decoding), strict=True):
-            reference = text.split()
-            errors += edit_distance(reference, tokenizer.decode(hypothesis.tokens).split())["total"]
-            words += len(reference)
-    model.train(was_training)
+    with evaluation_mode(model):
+        for batch in batches:
+            batch = batch.to(device)
+            enc, enc_lens = model.encode(batch.features, batch.feature_lens, chunk_frames)
+            total += float(model.transducer_loss(enc, enc_lens, batch.targets, batch.target_lens, options).loss)
+            tokens += int(batch.target_lens.sum())
+            for text, hypothesis in zip(batch.texts, search(model, enc, enc_lens, decoding), strict=True):
+                reference = text.split()
+                errors += edit_distance(reference, tokenizer.decode(hypothesis.tokens).split())["total"]
+                words += len(reference)
     return Validation(total / max(tokens, 1), errors, words)

@@ -18,6 +18,7 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from losses.backends import GRADIENT_FLOOR
+from losses.backends.numba_bfloat16 import load_number, number_array, store_number
 from losses.backends.threads import jit, jit_reordering, run_groups
 from losses.shapes import Lengths
 
@@ -31,7 +32,8 @@ ROUND = F(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest integer in th
 LOWEST = F(-87.0)  # exp of less is denormal
 LOG2E, LN2_HIGH, LN2_LOW = F(1.44269504), F(0.693359375), F(-2.12194440e-4)
 P0, P1, P2 = F(1.9875691500e-4), F(1.3981999507e-3), F(8.3334519073e-3)
-P3, P4, P5, ONE = F(4.1665795894e-2), F(1.6666665459e-1), F(5.0000001201e-1), F(1.0)
+P3, P4, P5 = F(4.1665795894e-2), F(1.6666665459e-1), F(5.0000001201e-1)
+ONE, TWO = F(1.0), F(2.0)
 
 
 def _bits(context, builder, value):
@@ -82,37 +84,6 @@ def _value_of_order(typing_context, order):
     return types.float32(types.int32), generate
 
 
-@intrinsic
-def _load(typing_context, value):
-    """A logit as a number: bfloat16 (its bits as int16) becomes float32, others stay."""
-    if not isinstance(value, types.Integer):
-        return value(value), lambda context, builder, signature, arguments: arguments[0]
-
-    def generate(context, builder, signature, arguments):
-        wide = builder.zext(arguments[0], context.get_value_type(types.int32))
-        return _float(context, builder, builder.shl(wide, _integer(context, 16)))
-
-    return types.float32(types.int16), generate
-
-
-@intrinsic
-def _store(typing_context, value, like):
-    """Inverse of `_load` for an array of the type of `like`; rounds to nearest even, NaN stays NaN."""
-    if not isinstance(like, types.Integer):
-        return like(like, like), lambda context, builder, signature, arguments: arguments[0]
-
-    def generate(context, builder, signature, arguments):
-        bits = _bits(context, builder, arguments[0])
-        odd = builder.and_(builder.lshr(bits, _integer(context, 16)), _integer(context, 1))
-        half = builder.add(odd, _integer(context, 0x7FFF))
-        rounded = builder.lshr(builder.add(bits, half), _integer(context, 16))
-        is_nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
-        chosen = builder.select(is_nan, _integer(context, 0x7FC0), rounded)
-        return builder.trunc(chosen, context.get_value_type(types.int16))
-
-    return types.int16(types.float32, types.int16), generate
-
-
 @jit
 def _exp32(x):
     """exp(x) for float32 x in [-87, 87] to 2 ulp; NaN stays NaN (Cephes expf)."""
@@ -133,16 +104,16 @@ def _sum_block(row, high):
     """Sum of exp(row - high) in float32."""
     total = F(0.0)
     for i in range(row.size):
-        x = _load(row[i]) - high
+        x = load_number(row[i]) - high
         total += _exp32(LOWEST if x < LOWEST else x)
     return total
 
 
 @jit
 def _log_sum_exp32(row):
-    highest = _order(_load(row[0]))
+    highest = _order(load_number(row[0]))
     for i in range(row.size):
-        k = _order(_load(row[i]))
+        k = _order(load_number(row[i]))
         highest = k if k > highest else highest
     high = _value_of_order(highest)
     if high == -np.inf:
@@ -170,7 +141,7 @@ def _log_sum_exp64(row):
 def _softmax_row32(row, normalizer, taken, floor, out):
     """out = softmax * taken, 0 where that is below floor in size."""
     for i in range(row.size):
-        x = _load(row[i]) - normalizer
+        x = load_number(row[i]) - normalizer
         y = _exp32(LOWEST if x < LOWEST else x) * taken
         out[i] = F(0.0) if abs(y) <= floor else y
 
@@ -207,7 +178,7 @@ def _choose_softmax_row(row, normalizer, taken, floor, out):
 @jit
 def _round_row(row, out):
     for i in range(row.size):
-        out[i] = _store(row[i], out[i])
+        out[i] = store_number(row[i], out[i])
 
 
 @jit
@@ -219,9 +190,9 @@ def gather_tiles(tiles, logits, targets, target_lens, blank, normalize, blank_lp
         for t in range(start, stop):
             for u in range(tokens + 1):
                 row = logits[b, t, u]
-                blank_lp[b, t, u] = _load(row[blank])
+                blank_lp[b, t, u] = load_number(row[blank])
                 if u < tokens:
-                    label_lp[b, t, u] = _load(row[targets[b, u]])
+                    label_lp[b, t, u] = load_number(row[targets[b, u]])
                 if normalize:
                     norm = _log_sum_exp(row)
                     normalizer[b, t, u] = norm
@@ -285,9 +256,127 @@ def gradient_tiles(
                 _round_row(work, out)
 
 
-def _array(logits: Tensor) -> np.ndarray:
-    """The memory of logits; bfloat16, which numpy does not have, as int16."""
-    return (logits.view(torch.int16) if logits.dtype == torch.bfloat16 else logits).numpy()
+@jit
+def _tanh_row(one, other, out):
+    """tanh(one + other), for bfloat16: 1e-7 off where it is near 0."""
+    for i in range(out.size):
+        x = load_number(one[i]) + load_number(other[i])
+        x = x + x
+        x = LOWEST if x < LOWEST else x
+        x = -LOWEST if x > -LOWEST else x
+        out[i] = store_number(ONE - TWO / (ONE + _exp32(x)), out[i])
+
+
+@jit
+def tanh_cells(ranges, enc, pred, rows, columns, hidden):
+    """hidden[n] = tanh(enc[rows[n]] + pred[columns[n]]) for cells [start, stop) of each range."""
+    for k in range(ranges.shape[0]):
+        for n in range(ranges[k, 0], ranges[k, 1]):
+            _tanh_row(enc[rows[n]], pred[columns[n]], hidden[n])
+
+
+@jit
+def gather_cells(ranges, logits, labels, blank, blank_lp, label_lp, normalizer):
+    """Cells [start, stop) of packed logits [N, V] for each range."""
+    for k in range(ranges.shape[0]):
+        for n in range(ranges[k, 0], ranges[k, 1]):
+            row = logits[n]
+            norm = _log_sum_exp(row)
+            normalizer[n] = norm
+            blank_lp[n] = load_number(row[blank]) - norm
+            if labels[n] >= 0:
+                label_lp[n] = load_number(row[labels[n]]) - norm
+
+
+@jit
+def _probability32(logit, normalizer, taken, floor):
+    x = load_number(logit) - normalizer
+    y = _exp32(LOWEST if x < LOWEST else x) * taken
+    return F(0.0) if abs(y) <= floor else y
+
+
+@jit
+def _probability64(logit, normalizer, taken, floor):
+    y = math.exp(logit - normalizer) * taken
+    return 0.0 if abs(y) <= floor else y
+
+
+def _probability(logit, normalizer, taken, floor):
+    """softmax * taken of one logit, 0 where that is below floor in size; chosen by type at compile time."""
+    raise NotImplementedError("compiled only")
+
+
+@overload(_probability)
+def _choose_probability(logit, normalizer, taken, floor):
+    kernel = _probability64 if logit == types.float64 else _probability32
+    return lambda logit, normalizer, taken, floor: kernel(logit, normalizer, taken, floor)
+
+
+@jit
+def _probability_row(row, normalizer, taken, floor, out, total):
+    """out = softmax * taken; added to total too."""
+    for i in range(row.size):
+        y = _probability(row[i], normalizer, taken, floor)
+        total[i] += y
+        out[i] = store_number(y, out[i])
+
+
+@jit
+def gradient_cells(
+    group, ranges, chosen, logits, labels, blank, normalizer, blank_occ, label_occ, scale, floor, gradient, sums
+):
+    """Rows [start, stop) of gradient for each range of the group, and their sum in sums[k]."""
+    for k in group:
+        total = sums[k]
+        for i in range(ranges[k, 0], ranges[k, 1]):
+            n = chosen[i]
+            row = logits[n]
+            norm = normalizer[n]
+            out = gradient[i]
+            blanks = blank_occ[i] * scale[i]
+            labelled = label_occ[i] * scale[i]
+            taken = blanks + labelled
+            smallest = abs(scale[i]) * floor
+            _probability_row(row, norm, taken, smallest, out, total)
+            total[blank] -= blanks
+            out[blank] = store_number(_probability(row[blank], norm, taken, smallest) - blanks, out[blank])
+            label = labels[n]
+            if label >= 0:
+                total[label] -= labelled
+                out[label] = store_number(_probability(row[label], norm, taken, smallest) - labelled, out[label])
+
+
+@jit
+def _add_tanh_row(gradient, hidden, one, other):
+    """Chain rule through hidden = tanh(x), added to both terms of x."""
+    for i in range(gradient.size):
+        h = load_number(hidden[i])
+        g = load_number(gradient[i])
+        g -= g * h * h
+        one[i] += g
+        other[i] += g
+
+
+@jit
+def _add_relu_row(gradient, hidden, one, other, zero):
+    for i in range(gradient.size):
+        g = load_number(gradient[i]) if load_number(hidden[i]) > zero else zero
+        one[i] += g
+        other[i] += g
+
+
+@jit
+def add_cells(group, starts, gradient, hidden, rows, columns, tanh, enc_gradient, pred_gradient):
+    """Rows [starts[b], starts[b + 1]) of each utterance b of the group, added to their frame and their column."""
+    zero = enc_gradient.dtype.type(0)
+    for b in group:
+        for i in range(starts[b], starts[b + 1]):
+            one = enc_gradient[rows[i]]
+            other = pred_gradient[columns[i]]
+            if tanh:
+                _add_tanh_row(gradient[i], hidden[i], one, other)
+            else:
+                _add_relu_row(gradient[i], hidden[i], one, other, zero)
 
 
 def _tiles(lens: list[int], row: int) -> np.ndarray:
@@ -306,7 +395,7 @@ def gather(
     blank_lp = np.zeros((batch, frames, columns), dtype)
     label_lp = np.zeros((batch, frames, columns - 1), dtype)
     normalizer = np.zeros((batch, frames, columns) if normalize else (0, 0, 0), dtype)
-    source, labels = _array(logits.contiguous()), targets.contiguous().numpy()
+    source, labels = number_array(logits.contiguous()), targets.contiguous().numpy()
     target_lens = np.array(lengths.target, dtype=np.int64)
     tiles = _tiles(lengths.enc, columns * vocab_size)
 
@@ -332,7 +421,7 @@ def gradient(
     """See losses/backends/__init__.py."""
     batch, frames, columns, vocab_size = logits.shape
     result = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    source, target, labels = _array(logits.contiguous()), _array(result), targets.contiguous().numpy()
+    source, target, labels = number_array(logits.contiguous()), number_array(result), targets.contiguous().numpy()
     occupied = blank_occ.numpy(), label_occ.numpy()
     number = occupied[0].dtype.type
     norm = np.zeros((0, 0, 0), number) if normalizer is None else normalizer.numpy()
@@ -354,3 +443,99 @@ def gradient(
 
 def _run(function, tiles: np.ndarray, columns: list[int], vocab_size: int) -> None:
     run_groups(function, [int((e - s) * columns[b] * vocab_size) for b, s, e in tiles], SMALL_PROBLEM)
+
+
+def _ranges(count: int, vocab_size: int) -> np.ndarray:
+    step = max(1, TILE // max(1, vocab_size))
+    return np.array([(n, min(n + step, count)) for n in range(0, count, step)], dtype=np.int64).reshape(-1, 2)
+
+
+def hidden_packed(enc: Tensor, pred: Tensor, rows: Tensor, columns: Tensor, activation: str) -> Tensor:
+    """activation(enc[rows] + pred[columns]), [N, J], of enc and pred [.., J] and int64 indices [N]."""
+    if activation == "tanh" and enc.dtype == pred.dtype == torch.bfloat16:
+        hidden = enc.new_empty(rows.shape[0], enc.shape[1])
+        sources = [number_array(x.contiguous()) for x in (enc, pred)]
+        ranges, target = _ranges(*hidden.shape), number_array(hidden)
+
+        def run(group: np.ndarray) -> None:
+            tanh_cells(ranges[group], *sources, rows.numpy(), columns.numpy(), target)
+
+        run_groups(run, [int(e - s) * hidden.shape[1] for s, e in ranges], SMALL_PROBLEM)
+        return hidden
+    hidden = enc.index_select(0, rows) + pred.index_select(0, columns)
+    return hidden.tanh_() if activation == "tanh" else hidden.relu_()
+
+
+def gather_packed(logits: Tensor, labels: Tensor, blank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of blank and next label, and the log-normaliser, all [N], of packed cells.
+
+    logits [N, V], labels int64 [N], -1 where no label is left (its log-prob is then 0).
+    """
+    number = np.float64 if logits.dtype == torch.float64 else np.float32
+    blank_lp, label_lp, normalizer = (np.zeros(logits.shape[0], number) for _ in range(3))
+    source, names = number_array(logits), labels.numpy()
+    ranges = _ranges(*logits.shape)
+
+    def run(group: np.ndarray) -> None:
+        gather_cells(ranges[group], source, names, blank, blank_lp, label_lp, normalizer)
+
+    run_groups(run, [int(e - s) * logits.shape[1] for s, e in ranges], SMALL_PROBLEM)
+    return torch.from_numpy(blank_lp), torch.from_numpy(label_lp), torch.from_numpy(normalizer)
+
+
+def gradient_packed(
+    chosen: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    normalizer: Tensor,
+    blank_occ: Tensor,
+    label_occ: Tensor,
+    scale: Tensor,
+    blank: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradient by the logits of the chosen cells, [K, V] in the dtype of logits, and its sum over them, [V].
+
+    chosen int64 [K]; logits, labels and normalizer as in `gather_packed`, of all N cells; blank_occ, label_occ and
+    scale (the upstream gradient) [K], of the chosen ones.
+    """
+    result = torch.empty(chosen.shape[0], logits.shape[1], dtype=logits.dtype)
+    ranges = _ranges(*result.shape)
+    sums = np.zeros((len(ranges), logits.shape[1]), normalizer.numpy().dtype)
+    floor = sums.dtype.type(GRADIENT_FLOOR[normalizer.dtype])
+    arrays = [x.numpy() for x in (normalizer, blank_occ, label_occ, scale)]
+    norm, blanks, labelled, factors = arrays
+    source, target, names, order = number_array(logits), number_array(result), labels.numpy(), chosen.numpy()
+
+    def run(group: np.ndarray) -> None:
+        gradient_cells(
+            group, ranges, order, source, names, blank, norm, blanks, labelled, factors, floor, target, sums
+        )  # fmt: skip
+
+    run_groups(run, [int(e - s) * logits.shape[1] for s, e in ranges], SMALL_PROBLEM)
+    return result, torch.from_numpy(sums.sum(0, dtype=np.float64).astype(sums.dtype))
+
+
+def add_packed(
+    gradient: Tensor,
+    hidden: Tensor,
+    starts: list[int],
+    rows: Tensor,
+    columns: Tensor,
+    activation: str,
+    sizes: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """Gradient by the two terms of hidden = activation(enc[rows] + pred[columns]), summed in float32 or float64.
+
+    gradient, hidden [K, J]; rows, columns int64 [K]; starts: first cell of each utterance, and K. Returns [size, J] of
+    each of the two sizes.
+    """
+    number = np.float64 if gradient.dtype == torch.float64 else np.float32
+    enc_gradient, pred_gradient = (np.zeros((size, hidden.shape[1]), number) for size in sizes)
+    source, values, bounds = number_array(gradient), number_array(hidden), np.array(starts, dtype=np.int64)
+    at, under = rows.numpy(), columns.numpy()
+
+    def run(group: np.ndarray) -> None:
+        add_cells(group, bounds, source, values, at, under, activation == "tanh", enc_gradient, pred_gradient)
+
+    run_groups(run, [int(n) * hidden.shape[1] for n in np.diff(bounds)], SMALL_PROBLEM)
+    return torch.from_numpy(enc_gradient), torch.from_numpy(pred_gradient)

@@ -6,87 +6,29 @@ Everything here is a pure function of its arguments, so that the same corpus and
 from __future__ import annotations
 
 import hashlib
-import math
-import os
-import struct
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import soundfile
-from scipy.signal import firwin, resample_poly
 
-SAMPLE_RATE_HZ = 16000
+from asr.data.audio import SAMPLE_RATE_HZ, AudioError, read_audio
+
 PEAK_LIMIT = 0.98
 """Louder audio is scaled down to this peak: resampling overshoots recordings that touch full scale."""
 MIN_DURATION_S = 0.05
 
 
-class AudioError(ValueError):
-    """One recording cannot be used; the message is the reason, without the file name."""
-
-
-def read_audio(path: Path) -> np.ndarray:
-    """Read a recording as float32 [N] in [-1, 1] at 16 kHz (channels are averaged, polyphase resampling).
+def read_recording(path: Path) -> np.ndarray:
+    """Read a recording as float32 [N] at 16 kHz, no louder than ``PEAK_LIMIT``.
 
     Raises AudioError for a file that is no audio, is truncated, or holds less than 50 ms.
     """
-    if path.suffix.lower() == ".wav":
-        _check_wav_is_whole(path)
-    try:
-        samples, rate = soundfile.read(str(path), dtype="float64", always_2d=True)
-    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
-        raise AudioError(f"not readable as audio ({_one_line(error)})") from error
-    mono = samples.mean(axis=1)
-    if len(mono) < MIN_DURATION_S * rate:
-        raise AudioError(f"holds {len(mono) / rate:.3f} s of audio, at least {MIN_DURATION_S} s are needed")
-    if not np.isfinite(mono).all():
-        raise AudioError("holds samples that are not finite numbers")
-    return limit_peak(resample(mono, rate))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _check_wav_is_whole(path: Path) -> None:
-    """Compare the size that the wav header declares with the file: libsndfile reads truncated files without a word."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(12)
-        if len(head) < 12 or head[:4] not in (b"RIFF", b"RIFX", b"RF64") or head[8:12] != b"WAVE":
-            raise AudioError("not a wav file (no RIFF/WAVE header)")
-        if head[:4] != b"RIFF":
-            return
-        while True:
-            chunk = file.read(8)
-            if len(chunk) < 8:
-                raise AudioError("truncated wav file (no data chunk)")
-            name, length = struct.unpack("<4sI", chunk)
-            if name == b"data":
-                break
-            file.seek(length + (length & 1), os.SEEK_CUR)
-        held = size - file.tell()
-    # Programs that stream into a pipe declare 0 or the largest size because they cannot know it.
-    if length not in (0, 0xFFFFFFFF, 0x7FFFFFFF) and held < length:
-        raise AudioError(f"truncated wav file (header declares {length} bytes of samples, the file holds {held})")
-
-
-def resample(samples: np.ndarray, rate_hz: int, target_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
-    """Polyphase resampling of [N] samples to [ceil(N * target / rate)] float32; images and aliases are below -75 dB."""
-    if rate_hz == target_hz:
-        return np.ascontiguousarray(samples, dtype=np.float32)
-    divisor = math.gcd(rate_hz, target_hz)
-    up, down = target_hz // divisor, rate_hz // divisor
-    return resample_poly(samples, up, down, window=_low_pass(up, down)).astype(np.float32)
-
-
-@cache
-def _low_pass(up: int, down: int) -> np.ndarray:
-    """scipy's default length with a steeper window; designing it takes as long as filtering a short utterance."""
-    widest = max(up, down)
-    return firwin(2 * 10 * widest + 1, 1 / widest, window=("kaiser", 8.0))
+    samples = read_audio(path)
+    duration_s = len(samples) / SAMPLE_RATE_HZ
+    if duration_s < MIN_DURATION_S:
+        raise AudioError(f"it holds {duration_s:.3f} s of audio, at least {MIN_DURATION_S} s are needed")
+    return limit_peak(samples)
 
 
 def limit_peak(samples: np.ndarray, limit: float = PEAK_LIMIT) -> np.ndarray:

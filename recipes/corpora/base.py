@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from asr.data.audio import SAMPLE_RATE_HZ
 from asr.data.bad_rows import BadRow, write_bad_rows
-from recipes.corpora.audio import SAMPLE_RATE_HZ, pcm_digest, to_pcm16, write_wav
+from recipes.corpora.audio import pcm_digest, to_pcm16, write_wav
 
 if TYPE_CHECKING:  # lhotse imports torch: listing corpora and their options must not wait for it
     from lhotse import CutSet, MonoCut

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+from asr.data.audio import SAMPLE_RATE_HZ, AudioError, resample
 from asr.errors import UserError
 from recipes.corpora import noise
-from recipes.corpora.audio import SAMPLE_RATE_HZ, AudioError, energy_db, join, read_audio, resample, rms
+from recipes.corpora.audio import energy_db, join, read_recording, rms
 from recipes.corpora.base import CorpusWriter, Prepared
 from recipes.corpora.commands import DIGITS
 from recipes.corpora.download import fetch_and_unpack, find_wavs
@@ -104,7 +105,7 @@ def _read_all(paths: Iterable[Path], writer: CorpusWriter) -> dict[str, np.ndarr
     samples = {}
     for path in paths:
         try:
-            samples[path.stem] = read_audio(path)
+            samples[path.stem] = read_recording(path)
         except AudioError as error:
             writer.bad(path, str(error))
     return samples

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import fft
 
-from recipes.corpora.audio import SAMPLE_RATE_HZ, rms
+from asr.data.audio import SAMPLE_RATE_HZ
+from recipes.corpora.audio import rms
 
 KINDS = ("white", "pink", "brown", "babble")
 _EXPONENTS = {"white": 0.0, "pink": 0.5, "brown": 1.0}

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.corpora.audio import SAMPLE_RATE_HZ, energy_db, join
+from asr.data.audio import SAMPLE_RATE_HZ
+from recipes.corpora.audio import energy_db, join
 
 HOP_S = 0.01
 THRESHOLDS_DB = (15.0, 18.0, 12.0, 21.0, 9.0)

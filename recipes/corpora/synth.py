@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from asr.data.audio import SAMPLE_RATE_HZ, resample
 from asr.errors import UserError
 from recipes.corpora import noise
-from recipes.corpora.audio import SAMPLE_RATE_HZ, join, limit_peak, pcm_digest, resample, rms, to_pcm16, write_wav
+from recipes.corpora.audio import join, limit_peak, pcm_digest, rms, to_pcm16, write_wav
 from recipes.corpora.base import CorpusWriter, Prepared
 from recipes.corpora.commands import sentences
 from recipes.corpora.espeak import Request, speak

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from asr.data.audio import AudioError
 from asr.errors import UserError
-from recipes.corpora.audio import AudioError, read_audio
+from recipes.corpora.audio import read_recording
 from recipes.corpora.base import CorpusWriter, Prepared
 from recipes.corpora.download import fetch_and_unpack, find_wavs
 from recipes.corpora.recombine import Recombiner, find_words
@@ -82,7 +83,7 @@ def prepare(corpus_dir: Path | None, data_dir: Path, *, seed: int, options: Opti
     for split, paths in split_recordings(recordings).items():
         for path in paths:
             try:
-                samples = read_audio(path)
+                samples = read_recording(path)
             except AudioError as error:
                 writer.bad(path, str(error))
                 continue

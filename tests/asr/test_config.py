@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from asr.config import Experiment, dotted_keys, dump, from_dict, load_experiment, make_parser, parse_override, to_dict
+from asr.config import Experiment, dotted_keys, dump, from_dict, keys_help, load_experiment, parse_override, to_dict
 from asr.data.loader import DataConfig
 from asr.errors import UserError
 from asr.models.presets import PRESETS
@@ -221,9 +221,10 @@ def test_help_explains_every_key() -> None:
     branches = {key for key in dotted_keys() if any(other.startswith(key + ".") for other in dotted_keys())}
     leaves = [key for key in dotted_keys() if key not in branches]
     assert len(leaves) > 60 and "model.encoder.dropout" in leaves
-    text = make_parser().format_help()
+    text = keys_help()
     entries = {m[1]: m[2] for m in re.finditer(r"^ +--([a-z0-9_.]+)[ \n](.*?)(?=^ +--|\Z)", text, re.M | re.S)}
-    assert set(leaves) <= entries.keys()
+    assert set(leaves) == entries.keys()
+    assert set(re.findall(r"(?<!\w)--?([a-z]\S*)", text.partition("\n\n")[2])) == set(leaves), "not for an override"
     for key in leaves:
         # "METAVAR  what it means (type: ..., default: ...)"
         about = re.sub(r"\((type:|required|default:|see).*", "", entries[key], flags=re.S).split()[1:]

@@ -13,12 +13,10 @@ import pytest
 import torch
 
 from asr import checkpoint
-from tests.asr.training.runs import differences, newest, records, write_data
+from tests.asr.training.runs import CLOCK, differences, newest, records, state_of
 from tests.integration.resume_run import Death, members, start
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-
-CLOCK = ("time_s", "audio_s_per_s", "data_wait_fraction")
 
 
 def finish(process: Any, *, killed: bool, timeout_s: float = 90.0) -> None:
@@ -46,10 +44,8 @@ def logged(out: Path) -> dict[tuple[str, int], set[str]]:
 
 def results(out: Path) -> dict[str, Any]:
     """Everything that must not depend on an interruption."""
-    payload = newest(out)
-    del payload["training"]["progress"]["time_s"]
     return {
-        "newest": payload,
+        "newest": state_of(out),
         "best": torch.load(out / "best.pt", weights_only=True),
         "names": [path.name for path in checkpoint.step_checkpoints(out / "checkpoints")],
         "logged": logged(out),
@@ -60,13 +56,6 @@ def assert_same(out: Path, reference: dict[str, Any]) -> None:
     assert differences(reference, results(out)) == []
     assert not list(out.rglob("*.partial")), "a half-written file was left"
     assert records(out)[-1]["reason"] == "finished"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,15 @@ def test_a_recipe_runs_stops_goes_on_and_is_not_repeated(tiny: Tiny, monkeypatch
     assert _ran(lines) == STAGES[:4]
     test_list = tiny.digest("data/cuts_test.jsonl.gz")
 
+    # SIGTERM before training: exit code 0, not done
+    def load(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("asr.training.train_data.load_train_data", load)
+        lines = tiny.run()
+    assert _ran(lines) == ["train"] and "SIGTERM with nothing left to save" in lines[-1] and "to go on: " in lines[-1]
+
     # SIGTERM in the middle of training: saved, exit code 0, not done
     real = Trainer.step
 
@@ -138,6 +148,17 @@ def test_a_recipe_runs_stops_goes_on_and_is_not_repeated(tiny: Tiny, monkeypatch
     assert _ran(lines) == ["train"]
     assert "SIGTERM at step 3" in lines[-1] and "to go on: " in lines[-1] and lines[-1].endswith("--stage train")
     assert not (tiny.exp / ".done" / "train.json").exists()
+
+    # SIGTERM after it, while the report is written: later stages are left to the next run
+    def render(*args: Any) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "<html>"
+
+    with monkeypatch.context() as patched:
+        patched.setattr("asr.training.report._render", render)
+        lines = tiny.run("--stage", "train")
+    assert _ran(lines) == ["train"] and re.search(r"SIGTERM at step \d+, saved in .*\.pt; to go on: ", lines[-1])
+    assert (tiny.exp / "train" / "report.html").read_text() == "<html>"
 
     # goes on from there to the result
     lines = tiny.run("--stage", "train")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 SUBSAMPLING_FACTOR = 4
@@ -44,7 +43,8 @@ class ConvSubsampling(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, T, F] float, T >= 7, to [B, (T - 3) // 4, D]."""
-        x = features.unsqueeze(1).contiguous(memory_format=torch.channels_last)
+        # strides of a channels-last image, which .contiguous() leaves out for one channel: both convolutions keep them
+        x = features.unsqueeze(3).permute(0, 3, 1, 2)
         x = self.activation(self.conv1(x))
         x = self.activation(self.conv2(x))
         # channels-last memory makes [B, T', F', C] a view; no copy before the projection

@@ -44,6 +44,14 @@ def test_help_does_not_load_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("module", ["asr.cli.main", "recipes.cli"])
+def test_sigterm_while_the_interpreter_shuts_down_leaves_the_exit_code(module: str) -> None:
+    code = f"import atexit, os, signal, sys, {module} as cli; sys.argv[1:] = ['--help']; "
+    code += "atexit.register(os.kill, os.getpid(), signal.SIGTERM); sys.exit(cli.main())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_training_help_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help-keys"]) == 0
     shown = capsys.readouterr().out

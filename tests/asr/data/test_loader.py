@@ -241,7 +241,7 @@ def test_errors_of_workers_are_one_clear_line(tmp_path: Path, workers: int) -> N
     config = replace(FLY, num_workers=workers, max_duration_s=1.0)
     broken = Path(cuts[3].recording.sources[0].source)
     broken.write_text("no recording")
-    with pytest.raises(UserError, match="cut utt003 .*not a wav file") as caught:
+    with pytest.raises(UserError, match="cut utt003 .*not readable as audio") as caught:
         load(cuts, config)
     assert "\n" not in str(caught.value) and str(broken) in str(caught.value)
     with pytest.raises(UserError, match="cut utt00[12]: token '(TWO|THREE)'"):

@@ -48,7 +48,7 @@ def test_bad_rows_are_named_with_file_line_and_reason(tmp_path: Path) -> None:
     assert {row.file for row in bad} == {str(tmp_path / "cuts.jsonl.gz")}
     expected = {
         2: f"cut truncated ({truncated}): truncated: the header declares 16000 bytes",
-        3: f"cut text ({no_audio}): not a wav file",
+        3: f"cut text ({no_audio}): not readable as audio",
         4: f"cut missing ({missing}): the file does not exist",
         5: f"cut empty ({good}): the transcript is empty",
         6: f"cut unknown ({good}): token 'ELEVEN' of the text 'ONE ELEVEN'",
@@ -159,6 +159,12 @@ def test_audio_of_any_rate_and_channels_becomes_16_khz_mono(tmp_path: Path) -> N
     np.testing.assert_array_equal(read_audio(tmp_path / "b.wav"), make_samples(5000, 1))
 
 
+def test_the_name_does_not_decide_the_format(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.flac", make_samples(5000, 1), RATE_HZ)
+    (tmp_path / "a.flac").rename(tmp_path / "a.wav")
+    assert audio_problem(tmp_path / "a.wav", 5000) is None and len(read_audio(tmp_path / "a.wav")) == 5000
+
+
 def test_broken_audio_is_told_apart(tmp_path: Path) -> None:
     whole = tmp_path / "whole.flac"
     soundfile.write(whole, make_samples(80000, 0), RATE_HZ)
@@ -172,8 +178,8 @@ def test_broken_audio_is_told_apart(tmp_path: Path) -> None:
     assert "no data chunk" in str(audio_problem(tmp_path / "header.wav"))
     soundfile.write(tmp_path / "none.wav", np.zeros(0), RATE_HZ)
     assert audio_problem(tmp_path / "none.wav") == "it holds no samples"
-    assert "not an audio file" in str(audio_problem(Path(__file__)))
-    with pytest.raises(UserError, match="part.flac"):
+    assert "not readable as audio" in str(audio_problem(Path(__file__)))
+    with pytest.raises(UserError, match="truncated|not readable"):
         read_audio(tmp_path / "part.flac")
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), RATE_HZ, subtype="FLOAT")
     with pytest.raises(UserError, match="not finite"):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from asr.data.audio import AudioError, read_audio
 from asr.decoding.decode import decode_cuts
-from asr.decoding.transcribe import AudioError, read_audio, transcribe_files
+from asr.decoding.transcribe import transcribe_files
 from tests.asr.decoding.corpus import bursts, config, tokenizer, write_cuts
 from tests.asr.decoding.fake import TinyTransducer
 
@@ -61,10 +62,10 @@ def broken_files(folder: Path) -> dict[Path, str]:
     (folder / "folder.wav").mkdir()
     soundfile.write(folder / "nan.wav", np.array([0.0, np.nan, 0.0]), 16_000, subtype="FLOAT")
     return {
-        folder / "absent.wav": "no such file",
+        folder / "absent.wav": "the file does not exist",
         folder / "garbage.wav": "not readable as audio",
         folder / "notes.txt": "not readable as audio",
-        folder / "empty.wav": "not readable as audio",
+        folder / "empty.wav": "empty",
         folder / "headerless.raw": "not readable as audio",
         folder / "folder.wav": "folder",
         folder / "nan.wav": "not finite",
@@ -92,7 +93,7 @@ def test_broken_files_are_named_and_the_rest_goes_on(tmp_path):
 
 def test_nothing_but_broken_files(tmp_path):
     found = list(transcribe_files(TinyTransducer(), tokenizer(), [tmp_path / "a", tmp_path / "b"], config()))
-    assert [one.error for one in found] == ["no such file"] * 2
+    assert [one.error for one in found] == ["the file does not exist"] * 2
     assert list(transcribe_files(TinyTransducer(), tokenizer(), [], config())) == []
 
 

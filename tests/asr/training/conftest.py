@@ -1,4 +1,4 @@
-"""Data and a finished run that tests of one file share; they only read it, or copy it."""
+"""What tests of one file share; they only read it, or copy it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ from pathlib import Path
 import pytest
 
 from asr.training.trainer import TrainData
-from tests.asr.training.runs import read_data, run, write_data
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    return folder
+from tests.asr.training.runs import read_data, run
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,8 @@ SETTINGS = [
     "optim.warmup_steps=3",
     "training={max_epochs: 2, precision: fp32, log_every_steps: 1, checkpoint_every_steps: 2, tensorboard: false}",
 ]
+CLOCK = ("time_s", "audio_s_per_s", "data_wait_fraction")
+"""What a record says of the clock: it differs between equal runs."""
 NO_DROPOUT = ["model.encoder.dropout=0", "model.predictor.dropout=0", "data.spec_augment.prob=0"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def train_dir(trained: Path, tmp_path: Path) -> Path:
 
 def weights_of(train_dir: Path, count: int) -> dict[str, torch.Tensor]:
     paths = checkpoint.step_checkpoints(train_dir / "checkpoints")[-count:]
-    return checkpoint.average_weights(checkpoint.read(path)["model"] for path in paths)
+    states = [checkpoint.read(path)["model"] for path in paths]
+    return {name: torch.stack([state[name].double() for state in states]).mean(0).float() for name in states[0]}
 
 
 def expected_weights(train_dir: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -104,6 +106,29 @@ def test_only_what_is_asked_for(data: TrainData, train_dir: Path) -> None:
     assert any("chosen: " + candidates[0].name in line for line in said)
     with pytest.raises(UserError, match="average.last is empty"):
         average(train_dir, data.valid_cuts, AverageConfig(last=[], ema=False, best=False), say=said.append)
+
+
+@pytest.mark.parametrize(("last", "count"), [([], 1), ([1], 1), ([1, 3], 3), ([2, 100], 4)])
+def test_each_checkpoint_is_read_once_and_one_is_held(
+    data: TrainData, train_dir: Path, monkeypatch: pytest.MonkeyPatch, last: list[int], count: int
+) -> None:
+    files = checkpoint.step_checkpoints(train_dir / "checkpoints")
+    reads: list[Path] = []
+    moments: list[weakref.ref[torch.Tensor]] = []
+    real = checkpoint._read
+
+    def read(path: Path, map_location: Any) -> dict[str, Any]:
+        reads.append(path)
+        assert [ref for ref in moments if ref() is not None] == [], "the optimizer state of another one is held"
+        payload = real(path, map_location)
+        if "training" in payload:
+            moments.append(weakref.ref(payload["training"]["optimizer"]["state"][0]["exp_avg"]))
+        return payload
+
+    monkeypatch.setattr(checkpoint, "_read", read)
+    average(train_dir, data.valid_cuts, AverageConfig(last=last), say=lambda text: None)
+    assert reads == [*reversed(files[-count:]), train_dir / "best.pt"]
+    assert len(moments) == count
 
 
 def test_damaged_files_are_left_out_with_a_warning(data: TrainData, train_dir: Path) -> None:

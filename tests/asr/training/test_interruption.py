@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import signal
@@ -18,10 +19,13 @@ import torch
 import asr.training.trainer as trainer_module
 from asr import checkpoint
 from asr.checkpoint import CheckpointError, step_checkpoints
+from asr.cli.main import main
 from asr.data.tokenizer import Tokenizer, TokenizerConfig
+from asr.training import report
 from asr.training.trainer import TrainData, Trainer
 from tests.asr.data.speech import WORDS
 from tests.asr.training.runs import (
+    CLOCK,
     SETTINGS,
     TOKENIZER,
     differences,
@@ -111,9 +115,8 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same_to_the_bit(
 
 def losses(out: Path) -> list[Any]:
     """All that does not depend on the clock."""
-    clock = ("time_s", "audio_s_per_s", "data_wait_fraction")
     kept = (r for r in records(out) if r["kind"] in ("train", "valid"))
-    return [{k: v for k, v in r.items() if k not in clock} for r in kept]
+    return [{k: v for k, v in r.items() if k not in CLOCK} for r in kept]
 
 
 def test_sigterm_at_the_step_limit_leaves_the_validation_to_the_resumed_run(data: TrainData, tmp_path: Path) -> None:
@@ -154,6 +157,46 @@ def test_sigterm_to_the_command(folder: Path, tmp_path: Path) -> None:
     result = run(data, out, f"training.max_steps={step + 2}")
     assert (result.reason, result.step) == ("finished", step + 2)
     assert [r["step"] for r in records(out, "train")] == list(range(1, step + 3))
+
+
+BEFORE = {
+    "reading the manifest": "asr.data.manifests.load_cuts",
+    "feature statistics": "asr.data.features.compute_stats",
+    "reading and checking the cuts": "asr.training.train_data.load_train_data",
+    "building the model": "asr.training.trainer.make_optimizer",
+    "within what guards against damaged checkpoints": "torch.load",
+}
+
+
+@pytest.mark.parametrize("moment", BEFORE)
+def test_sigterm_before_the_loop_is_no_error(
+    moment: str, folder: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        owner, name = BEFORE[moment].rsplit(".", 1)
+        in_call(importlib.import_module(owner), name)(monkeypatch)
+        assert main(command(folder, copied)[3:]) == 0
+    assert signal.getsignal(signal.SIGTERM) == handler
+    captured = capsys.readouterr()
+    assert captured.out.startswith("SIGTERM: ") and captured.out.count("\n") == 1 and captured.err == ""
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+@pytest.mark.parametrize("steps", [LAST, 2 * LAST])
+def test_sigterm_while_the_report_is_written_lets_it_be_finished(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int
+) -> None:
+    words = command(folder, tmp_path, f"training.max_epochs={steps // LAST}")[3:]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        in_call(report, "_render")(monkeypatch)
+        assert main(words) == 0
+    assert f"terminated at step {steps}; report: " in capsys.readouterr().out
+    assert records(tmp_path, "end")[-1]["reason"] == "finished" and newest(tmp_path)["step"] == steps
+    assert "</html>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert main(words) == 0
+    assert f"finished at step {steps}; report: " in capsys.readouterr().out
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import soundfile
 
+from asr.data.audio import AudioError
 from recipes.corpora import audio
 from tests.recipes.corpora.makers import tone, write_8khz
 
 
-def test_read_audio_resamples_to_16_khz(tmp_path: Path) -> None:
+def test_recordings_are_resampled_to_16_khz(tmp_path: Path) -> None:
     write_8khz(tmp_path / "a.wav", tone(1000.0, 0.5))
-    samples = audio.read_audio(tmp_path / "a.wav")
+    samples = audio.read_recording(tmp_path / "a.wav")
     assert samples.dtype == np.float32 and len(samples) == 8000
     power = np.abs(np.fft.rfft(samples)) ** 2
     hertz = np.fft.rfftfreq(len(samples), 1 / 16000)
@@ -24,25 +25,25 @@ def test_channels_are_averaged(tmp_path: Path) -> None:
     left = tone(500.0, 0.2)
     soundfile.write(str(tmp_path / "a.wav"), np.stack([left, np.zeros_like(left)], axis=1), 8000, subtype="PCM_16")
     write_8khz(tmp_path / "b.wav", left / 2)
-    difference = audio.read_audio(tmp_path / "a.wav") - audio.read_audio(tmp_path / "b.wav")
+    difference = audio.read_recording(tmp_path / "a.wav") - audio.read_recording(tmp_path / "b.wav")
     assert np.abs(difference).max() < 1e-3
 
 
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda data: data[:-100], "truncated wav file .* 8000 bytes of samples, the file holds 7900"),
-        (lambda data: data[:20], "truncated wav file"),
-        (lambda data: b"<html>not found</html>", "not a wav file"),
-        (lambda data: b"", "not a wav file"),
+        (lambda data: data[:-100], "truncated: .* 8000 bytes of samples, the file holds 7900"),
+        (lambda data: data[:20], "truncated: the wav header has no data chunk"),
+        (lambda data: b"<html>not found</html>", "not readable as audio"),
+        (lambda data: b"", "the file is empty"),
         (lambda data: data[:20] + b"\x63\x00" + data[22:], "not readable as audio"),
     ],
 )
 def test_damaged_files_are_refused_with_the_reason(tmp_path: Path, damage, reason: str) -> None:
     write_8khz(tmp_path / "a.wav", tone(500.0, 0.5))
     (tmp_path / "b.wav").write_bytes(damage((tmp_path / "a.wav").read_bytes()))
-    with pytest.raises(audio.AudioError, match=reason):
-        audio.read_audio(tmp_path / "b.wav")
+    with pytest.raises(AudioError, match=reason):
+        audio.read_recording(tmp_path / "b.wav")
 
 
 def test_wav_header_of_a_stream_is_accepted(tmp_path: Path) -> None:
@@ -50,19 +51,19 @@ def test_wav_header_of_a_stream_is_accepted(tmp_path: Path) -> None:
     data = bytearray((tmp_path / "a.wav").read_bytes())
     data[40:44] = b"\xff\xff\xff\xff"
     (tmp_path / "b.wav").write_bytes(data)
-    assert np.array_equal(audio.read_audio(tmp_path / "a.wav"), audio.read_audio(tmp_path / "b.wav"))
+    assert np.array_equal(audio.read_recording(tmp_path / "a.wav"), audio.read_recording(tmp_path / "b.wav"))
 
 
 def test_too_short_is_refused(tmp_path: Path) -> None:
     write_8khz(tmp_path / "a.wav", np.zeros(100))
-    with pytest.raises(audio.AudioError, match="at least 0.05 s"):
-        audio.read_audio(tmp_path / "a.wav")
+    with pytest.raises(AudioError, match="at least 0.05 s"):
+        audio.read_recording(tmp_path / "a.wav")
 
 
 def test_pcm_is_scaled_down_and_never_clipped(tmp_path: Path) -> None:
     square = np.sign(np.sin(np.arange(8000) / 5))
     write_8khz(tmp_path / "a.wav", square)
-    pcm = audio.to_pcm16(audio.read_audio(tmp_path / "a.wav"))
+    pcm = audio.to_pcm16(audio.read_recording(tmp_path / "a.wav"))
     assert np.abs(pcm.astype(int)).max() <= round(audio.PEAK_LIMIT * 32767)
     quiet = np.full(10, 0.25, np.float32)
     assert audio.limit_peak(quiet) is quiet

@@ -1,0 +1,105 @@
+"""Self-attention with rotary positions, in two ways: torch's fused kernel, and one for training on CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from asr.models.layers.rotary import apply_rotary
+
+
+class Positions:
+    """What all layers of one forward pass share.
+
+    Args:
+        mask: bool [B, 1, T, T], True where attention is allowed, or None.
+        cos, sin: float32 [T, d / 2], angles of the frames.
+    """
+
+    def __init__(self, mask: Tensor | None, cos: Tensor, sin: Tensor):
+        self.mask, self.cos, self.sin = mask, cos, sin
+        self._bias: Tensor | None = None
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def bias(self, num_heads: int, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores, [B * H, T, T]: 0 where attention is allowed, else -inf."""
+        if self.mask is not None and self._bias is None:
+            allowed = self.mask.expand(-1, num_heads, -1, -1).flatten(0, 1)
+            self._bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+                ~allowed, -torch.inf
+            )
+        return self._bias
+
+    def tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of whole heads, [2, 1, T, d], for queries and keys; those of queries scale the scores too."""
+        if self._tables is None:
+            scale = (2 * self.cos.shape[1]) ** -0.5
+            cos = torch.cat([self.cos, self.cos], dim=1)
+            sin = torch.cat([-self.sin, self.sin], dim=1)
+            self._tables = (
+                torch.stack([cos * scale, cos])[:, None].to(dtype),
+                torch.stack([sin * scale, sin])[:, None].to(dtype),
+            )
+        return self._tables
+
+
+def attend(qkv: Tensor, positions: Positions) -> Tensor:
+    """Multi-head attention of projected queries, keys and values [B, T, 3, H, d]; to [B, T, H * d]."""
+    if qkv.device.type == "cpu" and qkv.requires_grad:
+        bias = positions.bias(qkv.shape[3], qkv.dtype)
+        return _TrainingAttention.apply(qkv, bias, *positions.tables(qkv.dtype))  # type: ignore[no-any-return]
+    q, k = apply_rotary(qkv[:, :, :2], positions.cos, positions.sin).permute(2, 0, 3, 1, 4).unbind(0)
+    y = F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2), attn_mask=positions.mask)
+    return y.transpose(1, 2).flatten(2)
+
+
+class _TrainingAttention(torch.autograd.Function):
+    """softmax(q k' + bias) v of rotated q and k; keeps the probabilities, B H T T numbers, for the backward pass.
+
+    For the few hundred frames of an utterance, products of whole matrices are several times faster on CPU than the
+    blockwise kernel behind scaled_dot_product_attention, above all backwards. Copies between [B, T, H, d] and
+    [B, H, T, d] go one projection at a time: those of all three at once are many times slower.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        """qkv [B, T, 3, H, d], bias [B * H, T, T] or None, cos and sin [2, 1, T, d], all of one dtype."""
+        batch, frames, _, heads, head_dim = qkv.shape
+        unrotated = qkv.new_empty(2, batch * heads, frames, head_dim)
+        for i in range(2):
+            unrotated[i].view(batch, heads, frames, head_dim).copy_(qkv[:, :, i].transpose(1, 2))
+        q, k = _rotate(unrotated, cos, sin)
+        v = qkv[:, :, 2].transpose(1, 2).flatten(0, 1)
+        scores = torch.bmm(q, k.mT) if bias is None else torch.baddbmm(bias, q, k.mT)
+        # torch's bfloat16 softmax takes up to twice as long for rows that are no multiple of its vectors
+        exact = torch.float32 if scores.dtype == torch.bfloat16 else scores.dtype
+        weights = torch.softmax(scores, -1, dtype=exact).to(scores.dtype)
+        ctx.save_for_backward(q, k, v, weights, cos, sin)
+        ctx.shape = qkv.shape
+        out = torch.bmm(weights, v).view(batch, heads, frames, head_dim)
+        return out.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        q, k, v, weights, cos, sin = ctx.saved_tensors
+        batch, frames, _, heads, head_dim = ctx.shape
+        grad = grad.view(batch, frames, heads, head_dim).transpose(1, 2).flatten(0, 1)
+        d_scores = torch._softmax_backward_data(torch.bmm(grad, v.mT), weights, -1, weights.dtype)
+        d_qk = q.new_empty(2, *q.shape)
+        torch.bmm(d_scores, k, out=d_qk[0])
+        torch.bmm(d_scores.mT, q, out=d_qk[1])
+        d_q, d_k = _rotate(d_qk, cos, -sin)
+        d_qkv = grad.new_empty(ctx.shape)
+        for i, part in enumerate((d_q, d_k, torch.bmm(weights.mT, grad))):
+            d_qkv[:, :, i] = part.view(batch, heads, frames, head_dim).transpose(1, 2)
+        return d_qkv, None, None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [2, N, T, d] times cos, plus x with its halves of d swapped times sin, both [2, 1, T, d]."""
+    return x.roll(x.shape[-1] // 2, -1).mul_(sin).add_(x * cos)

@@ -1,0 +1,179 @@
+"""Method "batched" on CPU: joiner and loss over the cells that an alignment can reach, packed into [N, J] and [N, V].
+
+Three quarters of the padded [B, T, U+1] are such cells: padding drops out, and in "modified" also the two corners that
+no alignment passes. The backward pass goes over fewer still, those whose occupancy counts for anything.
+
+The joiner is inside the autograd.Function, so that activations and their derivative are gathered and added up by
+compiled loops, sums over frames and columns are taken in float32 or float64, and nothing of the logits' size is copied.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from losses import backends, lattice
+from losses.options import TransducerLossOptions
+from losses.shapes import Lengths
+
+# Occupancies up to this are left out of the gradient: far below what the dtype of the logits resolves. All cells of an
+# utterance together lose less than their number times this, of a sum of at least T.
+OCCUPANCY_FLOOR = {torch.bfloat16: 1e-6, torch.float32: 0.0, torch.float64: 0.0}
+
+
+class Cells(NamedTuple):
+    """Reachable cells in the order of (utterance, frame, column), int64 [N] each.
+
+    at: index into [B * T * (U+1)];  rows: into [B * T];  columns: into [B * (U+1)].
+    """
+
+    at: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def reachable_cells(lengths: Lengths, frames: int, columns: int, topology: str) -> Cells:
+    """The cells of padded lattices [B, frames, columns] that lie on some complete alignment."""
+    enc_lens = np.array(lengths.enc, dtype=np.int64)[:, None, None]
+    target_lens = np.array(lengths.target, dtype=np.int64)[:, None, None]
+    t, u = np.arange(frames)[:, None], np.arange(columns)
+    reachable = (t < enc_lens) & (u <= target_lens)
+    if topology == "modified":
+        reachable &= (u <= t) & (target_lens - u <= enc_lens - t)
+    at = np.flatnonzero(reachable)
+    rows = at // columns
+    found = (at, rows, rows // frames * columns + at % columns)
+    return Cells(*(torch.from_numpy(x) for x in found))
+
+
+def product_dtype(enc: Tensor, pred: Tensor) -> torch.dtype:
+    """dtype of the logits: that of autocast where it is on, as for torch's own linear layers."""
+    dtype = torch.promote_types(enc.dtype, pred.dtype)
+    if dtype != torch.float64 and torch.is_autocast_enabled(enc.device.type):
+        return torch.get_autocast_dtype(enc.device.type)
+    return dtype
+
+
+class _PackedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, enc, pred, weight, bias, targets, lengths, activation, topology, blank, options):
+        batch, frames, dim = enc.shape
+        columns = pred.shape[1]
+        dtype = product_dtype(enc, pred)
+        kernels = backends.load("logits", "numba", enc.device, dtype)
+        cells = reachable_cells(lengths, frames, columns, topology)
+        with torch.autocast("cpu", enabled=False):
+            states = enc.detach().reshape(-1, dim), pred.detach().reshape(-1, dim)
+            hidden = kernels.hidden_packed(*states, cells.rows, cells.columns, activation).to(dtype)
+            logits = _linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+            labels = _next_labels(targets, lengths).view(-1).index_select(0, cells.columns)
+            blank_lp, label_lp, normalizer = kernels.gather_packed(logits, labels, blank)
+            shape = (batch, frames, columns)
+            nll, *occupancies = lattice.regularized(
+                _spread(blank_lp, cells.at, shape),
+                _spread(label_lp, cells.at, shape)[:, :, :-1],
+                lengths,
+                topology,
+                options,
+                backend="numba",
+                occupancies=any(ctx.needs_input_grad),
+            )
+        if occupancies[0] is not None:
+            ctx.save_for_backward(enc, pred, weight, bias, hidden, logits, labels, normalizer, *occupancies, *cells)
+            ctx.kernels, ctx.lengths, ctx.activation, ctx.blank = kernels, lengths, activation, blank
+        return nll.to(blank_lp.dtype)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        sources = ctx.saved_tensors[:4]
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            gradients = _gradients(ctx, upstream)
+        if torch.is_grad_enabled():
+            tied = [x for x in (*sources, upstream) if x is not None]
+            gradients = [None if g is None else lattice.RefuseDoubleBackward.apply(g, *tied) for g in gradients]
+        return *gradients, *[None] * 6
+
+
+def _gradients(ctx, upstream: Tensor) -> list[Tensor | None]:
+    """By enc, pred, weight and bias."""
+    enc, pred, weight, bias, hidden, logits, labels, normalizer, blank_occ, label_occ, *parts = ctx.saved_tensors
+    cells = Cells(*parts)
+    batch, frames, dim = enc.shape
+    per_cell = frames * pred.shape[1]
+    blanks = blank_occ.view(-1).index_select(0, cells.at)
+    labelled = torch.nn.functional.pad(label_occ, (0, 1)).view(-1).index_select(0, cells.at)
+    # NaN, of a loss that is not finite, goes on
+    chosen = torch.nonzero(~(blanks + labelled <= OCCUPANCY_FLOOR[logits.dtype])).squeeze(1)
+    at, rows, columns = (x.index_select(0, chosen) for x in cells)
+    utterance = at.div(per_cell, rounding_mode="floor")
+    scale = upstream.to(normalizer.dtype).index_select(0, utterance)
+    by_logits, by_bias = ctx.kernels.gradient_packed(
+        chosen,
+        logits,
+        labels,
+        normalizer,
+        blanks.index_select(0, chosen),
+        labelled.index_select(0, chosen),
+        scale,
+        ctx.blank,
+    )
+    hidden = hidden.index_select(0, chosen)
+    starts = torch.searchsorted(utterance, torch.arange(batch + 1)).tolist()
+    by_enc, by_pred = ctx.kernels.add_packed(
+        by_logits @ weight.to(by_logits.dtype),
+        hidden,
+        starts,
+        rows,
+        columns,
+        ctx.activation,
+        (batch * frames, batch * pred.shape[1]),
+    )
+    by_weight = (by_logits.t() @ hidden).to(weight.dtype) if ctx.needs_input_grad[2] else None
+    return [
+        by_enc.view_as(enc).to(enc.dtype),
+        by_pred.view_as(pred).to(pred.dtype),
+        by_weight,
+        None if bias is None else by_bias.to(bias.dtype),
+    ]
+
+
+def packed_loss(
+    enc: Tensor,
+    pred: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    lengths: Lengths,
+    *,
+    activation: str,
+    topology: str,
+    blank: int,
+    options: TransducerLossOptions,
+) -> Tensor:
+    """-log P of each utterance [B] from checked inputs on CPU, as `losses.batched.batched_loss`; not for float16."""
+    arguments = (targets.long(), lengths, activation, topology, blank, options)
+    return _PackedLoss.apply(enc, pred, weight, bias, *arguments)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight' + bias. In bfloat16 by oneDNN alone: torch's own function first fills the result with the bias."""
+    if x.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _next_labels(targets: Tensor, lengths: Lengths) -> Tensor:
+    """[B, U+1]: the label that column u waits for, -1 where none is left."""
+    labels = torch.nn.functional.pad(targets, (0, 1))
+    column = torch.arange(labels.shape[1])
+    return labels.masked_fill(column >= torch.tensor(lengths.target, dtype=torch.int64)[:, None], -1)
+
+
+def _spread(values: Tensor, at: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Packed values [N] at their cells, 0 elsewhere."""
+    out = values.new_zeros(shape)
+    out.view(-1)[at] = values
+    return out

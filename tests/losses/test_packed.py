@@ -1,0 +1,63 @@
+"""Packing: which cells are computed, and what leaving out rare ones does to the gradient."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from losses import transducer_loss
+from losses.packed import OCCUPANCY_FLOOR, reachable_cells
+from losses.shapes import Lengths
+
+
+def cells_by_enumeration(frames: int, tokens: int, topology: str) -> set[tuple[int, int]]:
+    """Cells (t, u) of all alignments."""
+    found = set()
+    choose = itertools.combinations if topology == "modified" else itertools.combinations_with_replacement
+    for at in choose(range(frames), tokens):
+        u = 0
+        for t in range(frames):
+            found.add((t, u))
+            for _ in range(at.count(t)):
+                u += 1
+                if topology == "regular":
+                    found.add((t, u))
+    return found
+
+
+@pytest.mark.parametrize("topology", ["regular", "modified"])
+def test_cells_are_those_that_an_alignment_passes(topology: str) -> None:
+    lengths = Lengths([4, 2, 3, 1], [2, 2, 0, 1])
+    cells = reachable_cells(lengths, 5, 4, topology)
+    found = {(int(at) // 20, int(at) % 20 // 4, int(at) % 4) for at in cells.at}
+    expected = {
+        (b, t, u)
+        for b, (frames, tokens) in enumerate(zip(*lengths, strict=True))
+        for t, u in cells_by_enumeration(frames, tokens, topology)
+    }
+    assert found == expected
+    assert cells.rows.tolist() == [b * 5 + t for b, t, u in sorted(expected)]
+    assert cells.columns.tolist() == [b * 4 + u for b, t, u in sorted(expected)]
+
+
+@pytest.mark.parametrize("topology", ["regular", "modified"])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_bfloat16_gradients_without_rare_cells(topology: str, activation: str) -> None:
+    """A sharp model, most of whose cells fall under the floor, against float64, which leaves none out."""
+    torch.manual_seed(0)
+    batch, frames, tokens, dim, vocab_size = 2, 30, 12, 16, 40
+    enc, pred = torch.randn(batch, frames, dim), torch.randn(batch, tokens + 1, dim)
+    weight, bias = torch.randn(vocab_size, dim), torch.randn(vocab_size)
+    sources = [x.bfloat16() for x in (enc, pred, weight, bias)]
+    targets = torch.randint(1, vocab_size, (batch, tokens))
+    lens = torch.tensor([30, 25]), torch.tensor([12, 7])
+    gradients = []
+    for dtype in (torch.float64, torch.bfloat16):
+        inputs = [x.to(dtype).requires_grad_() for x in sources]
+        transducer_loss(*inputs, targets, *lens, activation=activation, topology=topology).loss.backward()
+        gradients.append([x.grad.double() for x in inputs])
+    assert OCCUPANCY_FLOOR[torch.float64] == 0
+    for exact, found in zip(*gradients, strict=True):
+        assert (found - exact).norm() < 0.02 * exact.norm()

@@ -86,8 +86,8 @@ def transducer_loss(
         TransducerLossOutput. The loss is accumulated in float64; under autocast only the joiner's matrix product is
         cast.
 
-    Padding of every input may hold anything, NaN included, and gets a zero gradient. An utterance with non-finite
-    values within its lengths gets a non-finite loss, and no other does. B=0 gives 0.
+    Padding of every input may hold anything, NaN included, and gets a zero gradient. An utterance with NaN within
+    its lengths gets a non-finite loss, and no other does. B=0 gives 0.
 
     Raises:
         ValueError: for wrong shapes, dtypes, devices, lengths, tokens or names; says which, the value, the limit, the

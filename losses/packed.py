@@ -9,6 +9,7 @@ compiled loops, sums over frames and columns are taken in float32 or float64, an
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,11 @@ from losses.shapes import Lengths
 # Occupancies up to this are left out of the gradient: far below what the dtype of the logits resolves. All cells of an
 # utterance together lose less than their number times this, of a sum of at least T.
 OCCUPANCY_FLOOR = {torch.bfloat16: 1e-6, torch.float32: 0.0, torch.float64: 0.0}
+
+
+# bfloat16 products have a multiple of this many rows: oneDNN compiles and keeps a program for every shape it meets, and
+# the number of cells is another one in every step.
+BLOCK_ROWS = 256
 
 
 class Cells(NamedTuple):
@@ -59,14 +65,17 @@ def product_dtype(enc: Tensor, pred: Tensor) -> torch.dtype:
 
 class _PackedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, enc, pred, weight, bias, targets, lengths, activation, topology, blank, options):
+    def forward(ctx, enc, pred, weight, bias, targets, lengths, activation, topology, blank, options, with_gradient):
         batch, frames, dim = enc.shape
         columns = pred.shape[1]
         dtype = product_dtype(enc, pred)
         kernels = backends.load("logits", "numba", enc.device, dtype)
         cells = reachable_cells(lengths, frames, columns, topology)
+        num_cells = len(cells.at)
+        if dtype == torch.bfloat16:
+            cells = Cells(*(_whole_blocks(x) for x in cells))
         with torch.autocast("cpu", enabled=False):
-            states = enc.detach().reshape(-1, dim), pred.detach().reshape(-1, dim)
+            states = enc.detach().flatten(0, 1), pred.detach().flatten(0, 1)
             hidden = kernels.hidden_packed(*states, cells.rows, cells.columns, activation).to(dtype)
             logits = _linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
             labels = _next_labels(targets, lengths).view(-1).index_select(0, cells.columns)
@@ -79,11 +88,11 @@ class _PackedLoss(torch.autograd.Function):
                 topology,
                 options,
                 backend="numba",
-                occupancies=any(ctx.needs_input_grad),
+                occupancies=with_gradient and any(ctx.needs_input_grad),
             )
         if occupancies[0] is not None:
             ctx.save_for_backward(enc, pred, weight, bias, hidden, logits, labels, normalizer, *occupancies, *cells)
-            ctx.kernels, ctx.lengths, ctx.activation, ctx.blank = kernels, lengths, activation, blank
+            ctx.kernels, ctx.activation, ctx.blank, ctx.num_cells = kernels, activation, blank, num_cells
         return nll.to(blank_lp.dtype)
 
     @staticmethod
@@ -94,7 +103,7 @@ class _PackedLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             tied = [x for x in (*sources, upstream) if x is not None]
             gradients = [None if g is None else lattice.RefuseDoubleBackward.apply(g, *tied) for g in gradients]
-        return *gradients, *[None] * 6
+        return *gradients, *[None] * 7
 
 
 def _gradients(ctx, upstream: Tensor) -> list[Tensor | None]:
@@ -106,10 +115,15 @@ def _gradients(ctx, upstream: Tensor) -> list[Tensor | None]:
     blanks = blank_occ.view(-1).index_select(0, cells.at)
     labelled = torch.nn.functional.pad(label_occ, (0, 1)).view(-1).index_select(0, cells.at)
     # NaN, of a loss that is not finite, goes on
-    chosen = torch.nonzero(~(blanks + labelled <= OCCUPANCY_FLOOR[logits.dtype])).squeeze(1)
+    wanted = ~(blanks + labelled <= OCCUPANCY_FLOOR[logits.dtype])[: ctx.num_cells]
+    chosen = torch.nonzero(wanted).squeeze(1)
+    num_chosen = len(chosen)
+    if logits.dtype == torch.bfloat16:
+        chosen = _whole_blocks(chosen)
     at, rows, columns = (x.index_select(0, chosen) for x in cells)
     utterance = at.div(per_cell, rounding_mode="floor")
     scale = upstream.to(normalizer.dtype).index_select(0, utterance)
+    scale[num_chosen:] = 0.0
     by_logits, by_bias = ctx.kernels.gradient_packed(
         chosen,
         logits,
@@ -154,15 +168,27 @@ def packed_loss(
     options: TransducerLossOptions,
 ) -> Tensor:
     """-log P of each utterance [B] from checked inputs on CPU, as `losses.batched.batched_loss`; not for float16."""
-    arguments = (targets.long(), lengths, activation, topology, blank, options)
+    # inside of a Function gradients look wanted under no_grad too
+    arguments = (targets.long(), lengths, activation, topology, blank, options, torch.is_grad_enabled())
     return _PackedLoss.apply(enc, pred, weight, bias, *arguments)
+
+
+def _whole_blocks(cells: Tensor) -> Tensor:
+    """Indices of cells [N] with the last one repeated until N is a multiple of BLOCK_ROWS."""
+    missing = -len(cells) % BLOCK_ROWS
+    return torch.cat([cells, cells[-1:].expand(missing)]) if len(cells) and missing else cells
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weight' + bias. In bfloat16 by oneDNN alone: torch's own function first fills the result with the bias."""
-    if x.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+    if x.dtype == torch.bfloat16 and torch.backends.mkldnn.enabled and _onednn_has_bfloat16():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return torch.nn.functional.linear(x, weight, bias)
+
+
+@functools.cache
+def _onednn_has_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _next_labels(targets: Tensor, lengths: Lengths) -> Tensor:

@@ -29,7 +29,7 @@ from asr.data.manifests import load_cuts, save_cuts
 from asr.device import resolve_device
 from asr.errors import Terminated, UserError
 from recipes.corpora import CORPORA, Corpus
-from recipes.engine import Pipeline, Stage, StageStopped, write_atomic
+from recipes.engine import DONE_DIR, Pipeline, Stage, StageStopped, write_atomic
 
 if TYPE_CHECKING:
     from lhotse import CutSet
@@ -268,7 +268,8 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
     """The recipe and its stages from parsed options.
 
     Raises:
-        UserError: a setting, an option of the corpus or a device that does not exist or has a wrong value.
+        UserError: a setting, an option of the corpus or a device that does not exist or has a wrong value; an
+            experiment folder of another recipe.
     """
     overrides = list(args.set)
     if args.seed is not None:
@@ -280,7 +281,13 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
     prefix = "corpus_"
     fields = {entry.name for entry in dataclasses.fields(corpus.Options)}
     options = corpus.Options(**{field: getattr(args, prefix + field) for field in fields})
-    corpus_dir = args.corpus_dir or _remembered(args.exp_dir)
+    owner = _owner(args.exp_dir)
+    if owner not in (None, name) and not args.force:
+        raise UserError(
+            f"{args.exp_dir} belongs to the recipe {owner}, not to {name}; choose another --exp-dir, or pass --force "
+            "to replace what is there"
+        )
+    corpus_dir = args.corpus_dir or (_remembered(args.exp_dir) if owner in (None, name) else None)
     recipe = Recipe(
         corpus=corpus,
         options=options,
@@ -303,6 +310,15 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
         "data_seed": args.data_seed,
     }
     return recipe, Pipeline(stages(experiment), args.exp_dir, settings, command)
+
+
+def _owner(exp_dir: Path) -> str | None:
+    """The recipe whose download stage finished last in this folder."""
+    try:
+        marker = json.loads((exp_dir / DONE_DIR / "download.json").read_text(encoding="utf-8"))
+        return str(marker["settings"]["corpus.name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _remembered(exp_dir: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def _train(args: argparse.Namespace) -> int:
     from asr.data.manifests import load_cuts
     from asr.data.tokenizer import Tokenizer
     from asr.device import resolve_device
+    from asr.errors import UserError
     from asr.training.train_data import load_train_data
     from asr.training.trainer import train
 
@@ -71,12 +73,16 @@ def _train(args: argparse.Namespace) -> int:
     kept = args.out_dir / "tokenizer.json"
     path = args.tokenizer or (kept if kept.is_file() else None)
     cuts = load_cuts(args.train_cuts)
+    # what is wrong with these must not wait for a tokenizer to be learnt
+    load_cuts(args.valid_cuts)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    if not os.access(args.out_dir, os.W_OK | os.X_OK):
+        raise UserError(f"--out-dir {args.out_dir} cannot be written to; allow it with chmod, or choose another folder")
     if path is None:
         texts = [part.text for cut in cuts for part in cut.supervisions if part.text]
         tokenizer = Tokenizer.train(texts, experiment.tokenizer)
     else:
         tokenizer = Tokenizer.load(path)
-    args.out_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(kept)
     data = load_train_data(experiment, args.train_cuts, args.valid_cuts, tokenizer, compute_stats(cuts), args.out_dir)
     result = train(experiment, data, args.out_dir, resume=args.resume, device=device)

@@ -18,8 +18,12 @@ from asr.errors import UserError
 
 SAMPLE_RATE_HZ = 16000
 
-_UNKNOWN_LENGTHS = (0, 0x7FFFFFFF, 0xFFFFFFFF)
-"""Programs that stream into a pipe declare one of these because they cannot know the length."""
+_UNKNOWN_WAV_LENGTH = 0x7FFF0000
+"""Programs that stream into a pipe cannot know the length. They declare 0, or the largest number that they can think
+of: SoX 0x7FFFF000, ffmpeg 0xFFFFFFFF, others that less the size of the header. All of these are at least this one."""
+_UNKNOWN_FRAMES = 1 << 62
+"""libsndfile counts at least this many frames where a header (FLAC's) leaves the length open."""
+_BLOCK_FRAMES = 1 << 18
 
 
 class AudioError(UserError):
@@ -37,8 +41,9 @@ def audio_problem(path: str | os.PathLike[str], num_samples: int | None = None) 
     """
     try:
         with _opened(path) as file:
-            held = len(file) if file.format in ("WAV", "WAVEX") else _decoded_length(file)
-            _check_length(held, len(file))
+            declared = len(file)
+            held = declared if file.format in ("WAV", "WAVEX") else _decoded_length(file)
+            _check_length(held, declared)
     except AudioError as error:
         return str(error)
     if held == 0:
@@ -52,8 +57,8 @@ def read_audio(path: str | os.PathLike[str], max_duration_s: float = math.inf) -
     """Samples of any recording, float32 [N] in [-1, 1] at 16 kHz; channels are averaged, other rates resampled.
 
     Raises:
-        AudioError: the file is missing, truncated, not audio, longer than ``max_duration_s``, or has samples that are
-            not finite.
+        AudioError: the file is missing, truncated, not audio, without samples, longer than ``max_duration_s``, or has
+            samples that are not finite.
     """
     with _opened(path) as file:
         rate_hz, declared = file.samplerate, len(file)
@@ -62,8 +67,11 @@ def read_audio(path: str | os.PathLike[str], max_duration_s: float = math.inf) -
                 f"{declared / rate_hz:.0f} s long, over the limit of decoding.batch_duration_s={max_duration_s:g};"
                 " cut it into parts, or raise the limit if memory allows"
             )
-        channels = file.read(dtype="float64", always_2d=True)
+        # soundfile wants the number of frames where it cannot seek (GSM 6.10)
+        channels = file.read(frames=declared, dtype="float64", always_2d=True)
     _check_length(len(channels), declared)
+    if not len(channels):
+        raise AudioError("it holds no samples")
     mono = channels.mean(axis=1)
     if not np.isfinite(mono).all():
         raise AudioError("it holds samples that are not finite numbers")
@@ -97,12 +105,21 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile]:
             raise AudioError("the file is empty")
         _check_wav_is_whole(path)
         with soundfile.SoundFile(str(path)) as file:
+            if len(file) >= _UNKNOWN_FRAMES:
+                raise AudioError(
+                    "the header does not say how long it is; re-encode it, e.g. ffmpeg -i in.flac out.flac"
+                )
             yield file
+    except AudioError:  # a ValueError too
+        raise
+    except UnicodeEncodeError as error:
+        raise AudioError("the file name is not valid UTF-8; rename the file") from error
     except FileNotFoundError:
         raise AudioError("the file does not exist") from None
     except OSError as error:
         raise AudioError(f"the file cannot be read ({error.strerror or error})") from error
-    except (RuntimeError, TypeError) as error:  # libsndfile's errors; TypeError: headerless formats such as .raw
+    # libsndfile's errors; TypeError: headerless formats such as .raw; ValueError: what soundfile itself refuses
+    except (RuntimeError, TypeError, ValueError) as error:
         raise AudioError(f"not readable as audio ({_tail(error)})") from error
 
 
@@ -121,7 +138,7 @@ def _check_wav_is_whole(path: Path) -> None:
                 break
             file.seek(length + length % 2, os.SEEK_CUR)
         held = path.stat().st_size - file.tell()
-    if length not in _UNKNOWN_LENGTHS and held < length:
+    if held < length < _UNKNOWN_WAV_LENGTH:
         raise AudioError(f"truncated: the header declares {length} bytes of samples, the file holds {held}")
 
 
@@ -131,7 +148,11 @@ def _check_length(held: int, declared: int) -> None:
 
 
 def _decoded_length(file: soundfile.SoundFile) -> int:
-    return sum(len(block) for block in file.blocks(blocksize=1 << 18, dtype="float32"))
+    """Counted by reading: ``SoundFile.blocks`` yields as many samples as are declared, even if they are not there."""
+    held = 0
+    while count := len(file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+        held += count
+    return held
 
 
 def _tail(error: BaseException) -> str:

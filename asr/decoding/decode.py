@@ -14,11 +14,12 @@ from lhotse import CutSet
 from lhotse.cut import Cut
 
 from asr.data.batch import Batch
-from asr.data.loader import eval_loader
+from asr.data.loader import eval_loader, transcript
+from asr.data.manifests import load_cuts
 from asr.data.tokenizer import Tokenizer
 from asr.decoding import SEARCHES
 from asr.decoding.results import write_results
-from asr.decoding.score import Score, Transcribed, score
+from asr.decoding.score import Score, Transcribed, score, words_of
 from asr.decoding.search import DecodingConfig, Hypothesis
 from asr.errors import UserError
 
@@ -142,19 +143,28 @@ def setting_name(config: DecodingConfig) -> str:
 
 
 def read_cuts(path: Path) -> CutSet:
-    """A cut manifest, whole in memory.
+    """A cut manifest with references, whole in memory.
 
     Raises:
-        UserError: the file is absent, is no cut manifest, or holds no cuts.
+        UserError: the file is absent, is no cut manifest, holds no cuts, or there is no reference word in all of it.
     """
     if not path.is_file():
         raise UserError(f"cut manifest {path} does not exist")
-    try:
-        cuts = CutSet.from_cuts(_only_cuts(CutSet.from_file(path)))
-    except Exception as error:  # lhotse, gzip and json each raise their own
-        raise UserError(f"{path} is no readable cut manifest: {' '.join(str(error).split())[:200]}") from None
-    if not len(cuts):
-        raise UserError(f"cut manifest {path} holds no cuts")
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        cuts = load_cuts(path)
+    else:
+        try:
+            cuts = CutSet.from_cuts(_only_cuts(CutSet.from_file(path)))
+        except Exception as error:  # lhotse, gzip and json each raise their own
+            raise UserError(f"{path} is no readable cut manifest: {' '.join(str(error).split())[:200]}") from None
+        if not len(cuts):
+            raise UserError(f"cut manifest {path} holds no cuts")
+    if not any(words_of(transcript(cut)) for cut in cuts):
+        # scored all the same, a search that finds nothing would be reported as one without errors
+        raise UserError(
+            f"there are no reference words in {path}, so nothing can be scored; add supervisions with text, or use "
+            f"`asr transcribe`"
+        )
     return cuts
 
 

@@ -58,17 +58,18 @@ class BadBatches:
 
 
 class Termination:
-    """Turns SIGTERM into a flag that the training loop reads between steps, where the state can be saved.
+    """Turns SIGTERM and Ctrl-C into a flag that the training loop reads between steps, where the state can be saved.
 
-    The old handler comes back at exit.
+    A second Ctrl-C interrupts at once. The old handlers come back at exit.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._old: Any = None
+        self.interrupted = False  # by Ctrl-C
+        self._old: dict[int, Any] = {}
 
     def check(self) -> None:
-        """Raises Terminated if SIGTERM has come."""
+        """Raises Terminated if a signal has come."""
         if self.requested:
             raise Terminated
 
@@ -79,15 +80,20 @@ class Termination:
             self.check()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
         self.requested = True
 
     def __enter__(self) -> Termination:
         try:
-            self._old = signal.signal(signal.SIGTERM, self._handle)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._handle)
         except ValueError:  # not the main thread: someone else owns the signals
-            self._old = None
+            self._old = {}
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._old is not None:
-            signal.signal(signal.SIGTERM, self._old)
+        for number, handler in self._old.items():
+            signal.signal(number, handler)

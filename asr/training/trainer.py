@@ -153,7 +153,7 @@ class Trainer:
         payload = checkpoint.read(path)
         if "training" not in payload:
             raise checkpoint.CheckpointError(
-                f"{path} holds weights only (an average); resume from a file in checkpoints/"
+                f"{path} holds weights only; resume from a file in checkpoints/"
             )
         checkpoint.load_weights(self.model, payload["model"], f"checkpoint {path}")
         if checkpoint.tokenizer_of(payload).to_state() != self.data.tokenizer.to_state():
@@ -371,7 +371,8 @@ class Trainer:
         except Terminated:
             saved = self.save()
             reason = "terminated"
-            self.line.say(f"SIGTERM: saved {saved}; continue with --resume auto")
+            signal_name = "interrupted" if stop.interrupted else "SIGTERM"
+            self.line.say(f"{signal_name}: saved {saved}; continue with --resume auto")
         except RuntimeError as error:
             # torch reports a killed data worker from a signal handler, wherever the main process happens to be
             explained = explain_dead_worker(error)
@@ -482,6 +483,7 @@ def train(
 
     Raises:
         UserError: no training cuts, a checkpoint of another model, too many bad batches, no such device.
+        KeyboardInterrupt: after Ctrl-C, once the state is saved and the report written.
     """
     from asr.training.report import write_report
 
@@ -495,4 +497,6 @@ def train(
         finally:
             # a run that failed needs its report most
             write_report(Path(out_dir))
+    if stop.interrupted:
+        raise KeyboardInterrupt
     return replace(result, reason="terminated") if stop.requested else result

@@ -67,3 +67,7 @@ class AverageConfig:
     last: list[int] = field(default_factory=lambda: [1, 3])
     ema: bool = True
     best: bool = True
+
+    def __post_init__(self) -> None:
+        if self.last and min(self.last) < 1:
+            raise ValueError(f"average.last={self.last} must hold numbers of at least 1; [] leaves these means out")

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from losses import transducer_loss
+from losses import packed, transducer_loss
 from losses.packed import OCCUPANCY_FLOOR, reachable_cells
 from losses.shapes import Lengths
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def cells_by_enumeration(frames: int, tokens: int, topology: str) -> set[tuple[int, int]]:
@@ -61,3 +67,30 @@ def test_bfloat16_gradients_without_rare_cells(topology: str, activation: str) -
     assert OCCUPANCY_FLOOR[torch.float64] == 0
     for exact, found in zip(*gradients, strict=True):
         assert (found - exact).norm() < 0.02 * exact.norm()
+
+
+def test_bfloat16_where_the_processor_has_no_instructions_for_it() -> None:
+    script = """
+import torch
+from losses import transducer_loss
+torch.manual_seed(0)
+inputs = [torch.randn(s, dtype=torch.bfloat16, requires_grad=True) for s in ((1, 9, 8), (1, 4, 8), (5, 8))]
+loss = transducer_loss(*inputs, None, torch.tensor([[1, 2, 3]]), torch.tensor([9]), torch.tensor([3])).loss
+loss.backward()
+assert all(x.grad.isfinite().all() for x in inputs)
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, check=True, timeout=120)
+
+
+def test_bfloat16_products_come_in_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = set()
+    real = packed._linear
+    monkeypatch.setattr(packed, "_linear", lambda x, *others: (rows.add(len(x)), real(x, *others))[1])
+    for frames in range(20, 40):
+        enc, pred, weight = (
+            torch.randn(s, dtype=torch.bfloat16, requires_grad=True) for s in ((2, frames, 8), (2, 11, 8), (5, 8))
+        )
+        lens = torch.tensor([frames, frames - 7]), torch.tensor([10, 4])
+        transducer_loss(enc, pred, weight, None, torch.ones(2, 10, dtype=torch.int64), *lens).loss.backward()
+    assert all(n % packed.BLOCK_ROWS == 0 for n in rows) and len(rows) <= 3

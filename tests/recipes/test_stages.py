@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import recipes.cli
+from asr.errors import UserError
 from asr.training.trainer import Trainer
 from recipes.cli import make_parser
 from recipes.corpora import CORPORA
@@ -66,6 +67,18 @@ def test_place_and_checks_rerun_stages_without_all_that_follows(
 ) -> None:
     before, after = _pipeline(tmp_path), _pipeline(tmp_path, *words)
     assert [name for name in STAGES if before.settings[name] != after.settings[name]] == expected
+
+
+def test_a_folder_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".done").mkdir()
+    (tmp_path / ".done" / "download.json").write_text('{"settings": {"corpus.name": "yesno"}}')
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "corpus.json").write_text('{"corpus_dir": "/its/own", "given": true}')
+    assert _pipeline(tmp_path).settings["download"]["corpus.dir"] == "/its/own"
+    with pytest.raises(UserError, match=r"belongs to the recipe yesno, not to fsdd; .*--exp-dir, or pass --force"):
+        _pipeline(tmp_path, corpus="fsdd")
+    forced = _pipeline(tmp_path, "--force", corpus="fsdd")
+    assert forced.settings["download"]["corpus.dir"] is None, "the folder of the other corpus is not this one's"
 
 
 @pytest.mark.parametrize("corpus", CORPORA)

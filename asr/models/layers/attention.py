@@ -22,29 +22,31 @@ class Positions:
 
     def __init__(self, mask: Tensor | None, cos: Tensor, sin: Tensor):
         self.mask, self.cos, self.sin = mask, cos, sin
-        self._bias: Tensor | None = None
-        self._tables: tuple[Tensor, Tensor] | None = None
+        # by dtype: under autocast, layers may differ in it
+        self._bias: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def bias(self, num_heads: int, dtype: torch.dtype) -> Tensor | None:
         """What is added to the scores, [B * H, T, T]: 0 where attention is allowed, else -inf."""
-        if self.mask is not None and self._bias is None:
+        if self.mask is None:
+            return None
+        if (num_heads, dtype) not in self._bias:
             allowed = self.mask.expand(-1, num_heads, -1, -1).flatten(0, 1)
-            self._bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-                ~allowed, -torch.inf
-            )
-        return self._bias
+            zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+            self._bias[num_heads, dtype] = zeros.masked_fill_(~allowed, -torch.inf)
+        return self._bias[num_heads, dtype]
 
     def tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of whole heads, [2, 1, T, d], for queries and keys; those of queries scale the scores too."""
-        if self._tables is None:
+        if dtype not in self._tables:
             scale = (2 * self.cos.shape[1]) ** -0.5
             cos = torch.cat([self.cos, self.cos], dim=1)
             sin = torch.cat([-self.sin, self.sin], dim=1)
-            self._tables = (
+            self._tables[dtype] = (
                 torch.stack([cos * scale, cos])[:, None].to(dtype),
                 torch.stack([sin * scale, sin])[:, None].to(dtype),
             )
-        return self._tables
+        return self._tables[dtype]
 
 
 def attend(qkv: Tensor, positions: Positions) -> Tensor:
@@ -63,6 +65,10 @@ class _TrainingAttention(torch.autograd.Function):
     For the few hundred frames of an utterance, products of whole matrices are several times faster on CPU than the
     blockwise kernel behind scaled_dot_product_attention, above all backwards. Copies between [B, T, H, d] and
     [B, H, T, d] go one projection at a time: those of all three at once are many times slower.
+
+    Gradients of gradients are not available: what the backward pass gives counts as a constant when it is
+    differentiated in turn. ``backward()`` through it mostly raises a RuntimeError, but not where the incoming gradient
+    is itself a constant (of a plain sum); ``torch.autograd.grad`` to chosen inputs may leave the term out silently.
     """
 
     @staticmethod

@@ -35,7 +35,10 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _DepthwiseConv(torch.autograd.Function):
-    """oneDNN computes the gradients of weight and bias slowly: products of shifted frames take half the time."""
+    """oneDNN computes the gradients of weight and bias slowly: products of shifted frames take half the time.
+
+    Gradients of gradients are not available, see ``asr.models.layers.attention._TrainingAttention``.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 class _ByteDropout(torch.autograd.Function):
     """Dropout from random bytes: eight decisions for each 64-bit draw.
 
-    They come from numpy, five times faster than torch's generator, which seeds them.
+    They come from numpy, five times faster than torch's generator, which seeds them. Gradients of gradients are not
+    available, see ``asr.models.layers.attention._TrainingAttention``.
     """
 
     @staticmethod
@@ -38,7 +39,8 @@ class Dropout(nn.Module):
     """Sets elements to zero with probability p while training, and scales the others by 1 / (1 - p).
 
     On CPU, torch draws one Bernoulli number for each element from a serial generator, a fifth of a small Conformer's
-    step. Here the decisions come from random bytes, ten times faster; p is rounded to a multiple of 1/256.
+    step. Here the decisions come from random bytes, ten times faster; p is rounded to a multiple of 1/256, from 1/256
+    to 255/256, and the scale is that of the rounded p.
     """
 
     def __init__(self, p: float):
@@ -47,8 +49,10 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape, float; same shape and dtype."""
-        if not self.training or self.p == 0.0:
+        if not self.training or self.p == 0.0 or x.numel() == 0:
             return x
         if x.device.type == "cpu":
-            return _ByteDropout.apply(x, round(self.p * 256))  # type: ignore[no-any-return]
+            # a small p must not become none, nor a large one a scale of 1 / 0
+            dropped = min(255, max(1, round(self.p * 256)))
+            return _ByteDropout.apply(x, dropped)  # type: ignore[no-any-return]
         return F.dropout(x, self.p, True)

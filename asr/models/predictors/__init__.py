@@ -31,8 +31,9 @@ class PredictorConfig:
     context_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.context_dropout < 1.0:
-            raise ValueError(f"model.predictor.context_dropout={self.context_dropout} is outside [0, 1)")
+        for name in ("dropout", "context_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"model.predictor.{name}={getattr(self, name)} is outside [0, 1)")
         if self.context_dropout and self.kind != "stateless":
             raise ValueError(f"model.predictor.context_dropout needs kind=stateless, not {self.kind}; set it to 0")
         if self.context_size < 1:

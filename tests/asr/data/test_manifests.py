@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from asr.data.audio import audio_problem, read_audio
+from asr.data.audio import AudioError, audio_problem, read_audio
 from asr.data.bad_rows import BadRow, report_bad_rows
 from asr.data.fbank import FeatureConfig, num_encoder_frames
 from asr.data.manifests import check_cuts, load_cuts, save_cuts
@@ -178,6 +178,8 @@ def test_broken_audio_is_told_apart(tmp_path: Path) -> None:
     assert "no data chunk" in str(audio_problem(tmp_path / "header.wav"))
     soundfile.write(tmp_path / "none.wav", np.zeros(0), RATE_HZ)
     assert audio_problem(tmp_path / "none.wav") == "it holds no samples"
+    with pytest.raises(AudioError, match="it holds no samples"):
+        read_audio(tmp_path / "none.wav")
     assert "not readable as audio" in str(audio_problem(Path(__file__)))
     with pytest.raises(UserError, match="truncated|not readable"):
         read_audio(tmp_path / "part.flac")
@@ -186,10 +188,41 @@ def test_broken_audio_is_told_apart(tmp_path: Path) -> None:
         read_audio(tmp_path / "nan.wav")
 
 
-def test_wav_files_written_into_a_pipe_are_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("declared", [0x7FFFF000, 0x7FFFFFFF, 0x80000000 - 36, 0xFFFFFFFF - 36, 0xFFFFFFFF])
+def test_wav_files_written_into_a_pipe_are_whole(tmp_path: Path, declared: int) -> None:
     path = wav(tmp_path / "a.wav")
     data = bytearray(path.read_bytes())
-    data[40:44] = b"\xff\xff\xff\xff"  # the length of the data chunk, not known when it was written
+    data[40:44] = declared.to_bytes(4, "little")  # the length of the data chunk, not known when it was written
     path.write_bytes(data)
     assert audio_problem(path) is None
     assert len(read_audio(path)) == 8000
+
+
+def test_formats_in_which_libsndfile_cannot_seek(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", make_samples(8000, 0), RATE_HZ, subtype="GSM610")
+    assert audio_problem(tmp_path / "a.wav") is None
+    samples = read_audio(tmp_path / "a.wav")  # in whole blocks of 320
+    assert len(samples) == soundfile.info(tmp_path / "a.wav").frames >= 8000 and np.abs(samples).max() > 0.01
+
+
+def test_flac_without_a_length(tmp_path: Path) -> None:
+    path = tmp_path / "a.flac"
+    soundfile.write(path, make_samples(8000, 0), RATE_HZ)
+    data = bytearray(path.read_bytes())
+    data[21] &= 0xF0  # the number of samples, 36 bits
+    data[22:26] = bytes(4)
+    path.write_bytes(data)
+    assert "does not say how long it is" in str(audio_problem(path))
+    with pytest.raises(AudioError, match="does not say how long it is; re-encode it"):
+        read_audio(path)
+
+
+def test_truncated_mp3(tmp_path: Path) -> None:
+    whole, part = tmp_path / "whole.mp3", tmp_path / "part.mp3"
+    soundfile.write(whole, make_samples(80000, 0), RATE_HZ, format="MP3")
+    assert audio_problem(whole, 80000) is None and len(read_audio(whole)) == 80000
+    data = whole.read_bytes()
+    part.write_bytes(data[: len(data) // 2])
+    with pytest.raises(AudioError, match="truncated: .* of 80000 samples") as caught:
+        read_audio(part)
+    assert audio_problem(part) == str(caught.value)

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from lhotse import RecordingSet
+from lhotse import CutSet, RecordingSet
 
+from asr.cli.main import main
 from asr.decoding import DecodingConfig
 from asr.decoding.decode import decode_and_score, decode_cuts, read_cuts, setting_name
 from asr.decoding.emission import worst_cuts, write_emissions
@@ -83,14 +84,40 @@ def test_manifests_that_cannot_be_used(cuts, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_cuts(tmp_path / "absent.jsonl.gz")
     (tmp_path / "text.jsonl").write_text("this is not JSON\n")
-    with pytest.raises(UserError, match="no readable cut manifest"):
+    with pytest.raises(UserError, match="text.jsonl:1: this is not a cut"):
         read_cuts(tmp_path / "text.jsonl")
     (tmp_path / "broken.jsonl.gz").write_bytes(b"\x1f\x8bbroken")
-    with pytest.raises(UserError, match="no readable cut manifest"):
+    with pytest.raises(UserError, match="broken.jsonl.gz:1: the manifest cannot be read"):
         read_cuts(tmp_path / "broken.jsonl.gz")
+    (tmp_path / "text.yaml").write_text("- 3\n")
+    with pytest.raises(UserError, match="no readable cut manifest"):
+        read_cuts(tmp_path / "text.yaml")
     RecordingSet.from_recordings(cut.recording for cut in cuts).to_file(tmp_path / "recordings.jsonl")
     with pytest.raises(UserError, match="Recording"):
         read_cuts(tmp_path / "recordings.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(UserError, match="empty.jsonl"):
+    with pytest.raises(UserError, match="empty.jsonl holds no cuts"):
         read_cuts(tmp_path / "empty.jsonl")
+    cuts.to_file(tmp_path / "wrong.jsonl")
+    with open(tmp_path / "wrong.jsonl", "a") as file:
+        file.write('{"type": "MonoCut", "id": "x", "colour": "red"}\n')
+    with pytest.raises(UserError, match=r"wrong.jsonl:7: this is not a cut .*colour"):
+        read_cuts(tmp_path / "wrong.jsonl")
+
+
+@pytest.mark.parametrize("texts", [["", "  "], [None, None]])
+def test_cuts_without_any_reference_word_are_refused(tmp_path, texts, capsys):
+    path = tmp_path / "cuts_test.jsonl.gz"
+    without = write_cuts(tmp_path, texts)
+    if texts[0] is None:
+        without = CutSet.from_cuts(cut.drop_supervisions() for cut in without)
+    without.to_file(path)
+    assert main(["decode", "--checkpoint", str(tmp_path / "absent.pt"), "--cuts", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"no reference words in {path}" in error and "asr transcribe" in error and error.count("\n") == 1
+
+
+def test_some_cuts_may_lack_a_reference(tmp_path):
+    path = tmp_path / "cuts_test.jsonl.gz"
+    write_cuts(tmp_path, ["", "a"]).to_file(path)
+    assert len(read_cuts(path)) == 2

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from asr.models.layers.attention import Positions, attend
 from asr.models.layers.depthwise import depthwise_conv
+from asr.models.layers.dropout import Dropout
 from asr.models.layers.masks import attention_mask
 from asr.models.layers.rotary import rotary_tables
 from asr.models.layers.subsampling import ConvSubsampling
@@ -56,3 +57,29 @@ def test_subsampling_runs_channels_last() -> None:
         conv.register_forward_hook(lambda _m, _i, out: seen.append(out.stride(1)))
     module(torch.randn(2, 23, 80))
     assert seen == [1, 1]
+
+
+def test_positions_serve_layers_of_several_dtypes() -> None:
+    mask = attention_mask(torch.tensor([9, 4]), 9, 0, 0)
+    positions = Positions(mask, *rotary_tables(0, 9, 4, torch.device("cpu")))
+    for dtype in (*TOLERANCES, torch.float32):
+        qkv = torch.randn(2, 9, 3, 2, 4, dtype=dtype)
+        with torch.no_grad():
+            expected = attend(qkv, positions)
+        found = attend(qkv.requires_grad_(), positions)
+        torch.testing.assert_close(found, expected, atol=TOLERANCES[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("p,dropped", [(0.001, 1), (0.1, 26), (0.5, 128), (0.9999, 255)])
+def test_dropout_keeps_the_mean_at_any_probability(p: float, dropped: int) -> None:
+    torch.manual_seed(0)
+    y = Dropout(p)(torch.ones(1_000_000, dtype=torch.float64))
+    assert set(y.unique().tolist()) == {0.0, 256 / (256 - dropped)}
+    deviation = (dropped / (256 - dropped) / y.numel()) ** 0.5
+    assert abs(y.mean().item() - 1) < 5 * deviation
+
+
+def test_dropout_of_nothing() -> None:
+    x = torch.zeros(0, 3, requires_grad=True)
+    Dropout(0.1)(x).sum().backward()
+    assert x.grad is not None and x.grad.shape == (0, 3)

@@ -130,6 +130,26 @@ def test_sigterm_at_the_step_limit_leaves_the_validation_to_the_resumed_run(data
     assert len(records(tmp_path, "valid")) == 1 and (tmp_path / "best.pt").is_file()
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_saves_first_and_a_second_one_is_obeyed_at_once(times: int, data: TrainData, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        real = Trainer.step
+
+        def step(self: Trainer, *args: Any) -> Any:
+            record = real(self, *args)
+            for _ in range(times if self.progress.step == 3 else 0):
+                os.kill(os.getpid(), signal.SIGINT)
+            return record
+
+        monkeypatch.setattr(Trainer, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (tmp_path / "report.html").is_file()
+    assert newest(tmp_path)["step"] == {1: 3, 2: 2}[times]  # every second step is saved
+    assert run(data, tmp_path).reason == "finished"
+
+
 def command(folder: Path, out: Path, *settings: str) -> list[str]:
     files = ["--train-cuts", folder / "cuts_train.jsonl.gz", "--valid-cuts", folder / "cuts_valid.jsonl.gz"]
     sets = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]

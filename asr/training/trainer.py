@@ -152,9 +152,7 @@ class Trainer:
         """
         payload = checkpoint.read(path)
         if "training" not in payload:
-            raise checkpoint.CheckpointError(
-                f"{path} holds weights only; resume from a file in checkpoints/"
-            )
+            raise checkpoint.CheckpointError(f"{path} holds weights only; resume from a file in checkpoints/")
         checkpoint.load_weights(self.model, payload["model"], f"checkpoint {path}")
         if checkpoint.tokenizer_of(payload).to_state() != self.data.tokenizer.to_state():
             raise checkpoint.CheckpointError(

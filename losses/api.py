@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from losses import backends, batched, shapes
+from losses import backends, batched, fused, samplewise, shapes
 from losses.options import TransducerLossOptions
 
-# name -> function(enc, pred, weight, bias, targets, lengths, *, activation, topology, blank, options) -> loss
-# [B]
+# name -> function(enc, pred, weight, bias, targets, lengths, *, activation, topology, blank, options, shared_upstream)
+# -> loss [B]. shared_upstream says that all utterances will get the same upstream gradient.
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "batched": batched.batched_loss,
+    "samplewise": samplewise.samplewise_loss,
+    "fused": fused.fused_loss,
 }
 
 
@@ -73,13 +75,14 @@ def transducer_loss(
         weight: [V, J].  bias: [V] or None.
         targets: [B, U] int32 or int64, token ids in 0..V-1 other than blank; padded with anything.
         enc_lens: [B] int32 or int64, frames, 1..T.  target_lens: [B] int32 or int64, tokens, 0..U. Both on any device.
-        method: a name of LOSSES.
+        method: a name of LOSSES: "batched" (all logits at once), "samplewise" (utterance by utterance) or "fused" (tiles
+            of reachable cells, never all logits).
         activation: "tanh" or "relu".
         topology: "regular" (Graves 2012) or "modified" (one symbol a frame; target_lens[i] <= enc_lens[i]).
-        simple: logits of a trivial joiner, ([B, T, V], [B, U+1, V]); only for methods that use one: "batched" does not.
+        simple: logits of a trivial joiner, ([B, T, V], [B, U+1, V]); only for methods that use one: none so far.
         blank: id of blank; negative ids count from the end.
         reduction: "none", "sum", "mean" (over utterances) or "mean-per-token" (sum / sum of target_lens).
-        memory_limit: only for methods that can keep to one: "batched" cannot.
+        memory_limit: only for methods that can keep to one: none so far.
         options: see TransducerLossOptions.
 
     Returns:
@@ -108,6 +111,9 @@ def transducer_loss(
         enc, pred, weight, bias, targets, enc_lens, target_lens, topology=topology, blank=blank
     )
     options = options or TransducerLossOptions()
+    if not torch.is_grad_enabled():  # inside of an autograd.Function gradients look wanted all the same
+        enc, pred, weight = enc.detach(), pred.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
     loss = LOSSES[method](
         enc,
         pred,
@@ -119,6 +125,7 @@ def transducer_loss(
         topology=topology,
         blank=blank,
         options=options,
+        shared_upstream=reduction != "none",
     )
     info = {"method": method, "topology": topology, "cells": lengths.cells, "utterance_loss": loss.detach()}
     return TransducerLossOutput(reduce(loss, lengths.target, reduction), None, info)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from losses import backends, lattice, packed
 from losses.options import TransducerLossOptions
-from losses.shapes import Lengths
+from losses.shapes import Lengths, product_dtype
 
 ACTIVATIONS = ("tanh", "relu")
 
@@ -84,9 +84,13 @@ def batched_loss(
     topology: str,
     blank: int,
     options: TransducerLossOptions,
+    shared_upstream: bool = False,
 ) -> Tensor:
-    """-log P of each utterance [B] from checked inputs: the joiner over all cells, then `logits_loss`."""
-    if enc.device.type == "cpu" and torch.float16 not in (enc.dtype, packed.product_dtype(enc, pred)):
+    """-log P of each utterance [B] from checked inputs: the joiner over all cells, then `logits_loss`.
+
+    shared_upstream makes no difference here.
+    """
+    if enc.device.type == "cpu" and torch.float16 not in (enc.dtype, product_dtype(enc, pred)):
         return packed.packed_loss(
             enc, pred, weight, bias, targets, lengths,
             activation=activation, topology=topology, blank=blank, options=options,

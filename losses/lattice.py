@@ -18,6 +18,7 @@ the gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,19 @@ class RefuseDoubleBackward(torch.autograd.Function):
             "the transducer loss can be differentiated once only: its gradient has no derivative here. "
             "Leave out create_graph=True, or detach the gradient (.detach()) before using it in another loss"
         )
+
+
+def scaled(gradients: Sequence[Tensor | None], upstream: Tensor) -> list[Tensor | None]:
+    """Gradients for an upstream gradient of 1, times the one that all utterances share (upstream [B]).
+
+    What is 0 stays 0 when that is not finite, so that padding has no gradient whatever happens.
+    """
+    if not upstream.numel():
+        return list(gradients)
+    scale = upstream[0]
+    if scale.isfinite():
+        return [None if x is None else x * scale for x in gradients]
+    return [None if x is None else torch.where(x == 0, x, x * scale) for x in gradients]
 
 
 def forward_backward(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from losses import backends, lattice
 from losses.options import TransducerLossOptions
-from losses.shapes import Lengths
+from losses.shapes import Lengths, product_dtype
 
 # Occupancies up to this are left out of the gradient: far below what the dtype of the logits resolves. All cells of an
 # utterance together lose less than their number times this, of a sum of at least T.
@@ -55,17 +55,9 @@ def reachable_cells(lengths: Lengths, frames: int, columns: int, topology: str) 
     return Cells(*(torch.from_numpy(x) for x in found))
 
 
-def product_dtype(enc: Tensor, pred: Tensor) -> torch.dtype:
-    """dtype of the logits: that of autocast where it is on, as for torch's own linear layers."""
-    dtype = torch.promote_types(enc.dtype, pred.dtype)
-    if dtype != torch.float64 and torch.is_autocast_enabled(enc.device.type):
-        return torch.get_autocast_dtype(enc.device.type)
-    return dtype
-
-
 class _PackedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, enc, pred, weight, bias, targets, lengths, activation, topology, blank, options, with_gradient):
+    def forward(ctx, enc, pred, weight, bias, targets, lengths, activation, topology, blank, options):
         batch, frames, dim = enc.shape
         columns = pred.shape[1]
         dtype = product_dtype(enc, pred)
@@ -88,7 +80,7 @@ class _PackedLoss(torch.autograd.Function):
                 topology,
                 options,
                 backend="numba",
-                occupancies=with_gradient and any(ctx.needs_input_grad),
+                occupancies=any(ctx.needs_input_grad),
             )
         if occupancies[0] is not None:
             ctx.save_for_backward(enc, pred, weight, bias, hidden, logits, labels, normalizer, *occupancies, *cells)
@@ -103,7 +95,7 @@ class _PackedLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             tied = [x for x in (*sources, upstream) if x is not None]
             gradients = [None if g is None else lattice.RefuseDoubleBackward.apply(g, *tied) for g in gradients]
-        return *gradients, *[None] * 7
+        return *gradients, *[None] * 6
 
 
 def _gradients(ctx, upstream: Tensor) -> list[Tensor | None]:
@@ -168,8 +160,7 @@ def packed_loss(
     options: TransducerLossOptions,
 ) -> Tensor:
     """-log P of each utterance [B] from checked inputs on CPU, as `losses.batched.batched_loss`; not for float16."""
-    # inside of a Function gradients look wanted under no_grad too
-    arguments = (targets.long(), lengths, activation, topology, blank, options, torch.is_grad_enabled())
+    arguments = (targets.long(), lengths, activation, topology, blank, options)
     return _PackedLoss.apply(enc, pred, weight, bias, *arguments)
 
 

@@ -39,6 +39,14 @@ class Lengths(NamedTuple):
         return sum(t * (u + 1) for t, u in zip(self.enc, self.target, strict=True))
 
 
+def product_dtype(enc: Tensor, pred: Tensor) -> torch.dtype:
+    """dtype of the logits: that of autocast where it is on, as for torch's own linear layers."""
+    dtype = torch.promote_types(enc.dtype, pred.dtype)
+    if dtype != torch.float64 and torch.is_autocast_enabled(enc.device.type):
+        return torch.get_autocast_dtype(enc.device.type)
+    return dtype
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a name that is not in the list, and say what is."""
     if value not in choices:

@@ -21,6 +21,22 @@ A logits kernel module has DTYPES, the dtypes of logits that it takes, and two f
         shape and dtype of logits, 0 in the padding: (softmax * (blank_occ + label_occ) - blank_occ at blank - label_occ
         at the next label), clamped to [-clamp, clamp] when clamp > 0, times upstream [B]. Without normalizer: no
         softmax term. Entries below about GRADIENT_FLOOR times upstream are 0
+
+A packed kernel module works on any cells [N] of joiner inputs enc [B * T, J] and pred [B * (U+1), J], given by the
+index of each cell's row of both. It has DTYPES, sizes in bytes (TILE of logits and hidden states at a time, GROUP of
+logits of utterances taken together, CACHE of logits that are kept for the gradient, CHUNK of gradients by the logits),
+LEAST_TILE in cells, and
+
+    parallel() -> context that gives a number of threads;  run(tasks, threads): call each of the tasks, any order
+    shares(size, threads, most) -> slices of range(size), at most so long, to be handed to the threads
+    hidden(enc, pred, rows, columns, activation, out): out [N, J] = activation(enc[rows] + pred[columns])
+    linear(x, weight, bias, out) -> x @ weight.T + bias, in out where that is not None
+    gather(logits, labels, blank, out): logits [N, V], labels int64 [N], -1 where none is left; out is log-probs of
+        blank and next label (0 where none is left) and log-normaliser, [N] each, float32, or float64 for float64 logits
+    gradient(logits, at, labels, blank, normalizer, blank_occ, label_occ, scale, out) -> sum over cells [V]
+        cell n has logits[at[n]]; out [N, V] is the gradient as above times scale [N], in the dtype of logits
+    add(gradient, hidden, first, rows, columns, activation, enc_gradient, pred_gradient): adds the gradient [N, W] by
+        columns first..first+W of hidden [N, J], through the activation, to the rows of enc_gradient and pred_gradient
 """
 
 from __future__ import annotations
@@ -36,8 +52,16 @@ from losses.shapes import check_choice
 # name -> module of each kind of kernel; imported when first used, so that a machine without the compiler of one backend
 # can use another
 BACKENDS: dict[str, dict[str, str]] = {
-    "numba": {"lattice": "losses.backends.numba_lattice", "logits": "losses.backends.numba_logits"},  # CPU
-    "torch": {"lattice": "losses.backends.torch_lattice", "logits": "losses.backends.torch_logits"},  # any device
+    "numba": {  # CPU
+        "lattice": "losses.backends.numba_lattice",
+        "logits": "losses.backends.numba_logits",
+        "packed": "losses.backends.numba_packed",
+    },
+    "torch": {  # any device
+        "lattice": "losses.backends.torch_lattice",
+        "logits": "losses.backends.torch_logits",
+        "packed": "losses.backends.torch_packed",
+    },
 }
 
 # What is rarer or smaller means nothing, but would fill the gradients with denormal numbers, over which a matrix
@@ -47,7 +71,7 @@ GRADIENT_FLOOR = {torch.float32: 1e-25, torch.float64: 1e-150}
 
 
 def load(
-    kind: Literal["lattice", "logits"], backend: str | None, device: torch.device, dtype: torch.dtype
+    kind: Literal["lattice", "logits", "packed"], backend: str | None, device: torch.device, dtype: torch.dtype
 ) -> ModuleType:
     """The kernel module of a backend by name; None takes numba on CPU (float16 logits: torch) and torch elsewhere.
 

@@ -1,14 +1,19 @@
 """Compiled loops on several threads: how to compile them and how to run them.
 
 Not numba's parallel=True: its OpenMP layer kills forked data workers, its workqueue layer aborts under two threads.
+
+The threads of the pool run torch operations on one thread each. Where compiled loops and matrix products take turns,
+whole tiles are handed to the pool (`run_tasks`): torch's own threads would wait for the next product in a busy loop,
+and take the processor from the compiled loops between.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,6 +43,19 @@ def jit_reordering(function: Callable) -> Callable:
     return _compiled(function, {"contract", "reassoc"})
 
 
+def _one_torch_thread(lock: threading.Lock) -> None:
+    """Let torch use one thread in the calling thread, and in no other.
+
+    torch.set_num_threads also sets what threads that begin later start with; a short-lived thread sets that back.
+    Asking first matters: a thread that has not done so takes over the others' number at its first parallel operation.
+    """
+    with lock:
+        count = torch.get_num_threads()
+        torch.set_num_threads(1)
+        with ThreadPoolExecutor(1) as elsewhere:
+            elsewhere.submit(torch.set_num_threads, count).result()
+
+
 class _Pool:
     """A thread pool that a forked child replaces by its own: the parent's threads do not exist there."""
 
@@ -49,12 +67,15 @@ class _Pool:
     def reset(self) -> None:
         self._lock = threading.Lock()  # a new one: the old one may have been held by another thread at the fork
         self._executor: ThreadPoolExecutor | None = None
+        self.starting = threading.Lock()
 
     def submit(self, function: Callable, *arguments: object) -> Future | None:
         """None when no thread can be started (interpreter shutdown): the caller then does the work itself."""
         with self._lock:
             if self._executor is None:
-                self._executor = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="losses")
+                self._executor = ThreadPoolExecutor(
+                    os.cpu_count() or 1, "losses", initializer=_one_torch_thread, initargs=(self.starting,)
+                )
             try:
                 return self._executor.submit(function, *arguments)
             except RuntimeError:
@@ -91,3 +112,45 @@ def run_groups(function: Callable[[np.ndarray], None], costs: Sequence[int], inl
             function(group)
         else:
             future.result()
+
+
+@contextmanager
+def serial_torch() -> Iterator[int]:
+    """Torch operations of this thread run on one thread within; gives the number that was allowed, for `run_tasks`."""
+    count = torch.get_num_threads()
+    if count > 1:
+        _one_torch_thread(_pool.starting)
+    try:
+        yield count
+    finally:
+        if count > 1:
+            torch.set_num_threads(count)
+
+
+def run_tasks(tasks: Sequence[Callable[[], None]], threads: int) -> None:
+    """Call each of the tasks, in any order, on so many threads of the pool.
+
+    The tasks write to different places, so that the result does not depend on which thread took which. The first error
+    is raised when all threads have stopped.
+    """
+    todo = iter(tasks)
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                task = next(todo, None)
+            if task is None:
+                return
+            task()
+
+    if threads == 1:
+        work()
+        return
+    started = [_pool.submit(work) for _ in range(min(threads, len(tasks)))]
+    if None in started:
+        work()
+    errors = [future.exception() for future in started if future is not None]
+    for error in errors:
+        if error is not None:
+            raise error

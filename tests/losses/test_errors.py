@@ -72,7 +72,7 @@ JOINT = [
     (replaced(blank=7), r"blank=7 is not a token id; pass an int from -7 to 6"),
     (replaced(blank=1.5), r"blank=1\.5 is not a token id"),
     (replaced(blank=-6), r"targets\[0, 0\]=1 is the blank id"),
-    (replaced(method="exact"), r"method='exact' does not exist; choose one of: batched"),
+    (replaced(method="exact"), r"method='exact' does not exist; choose one of: batched, samplewise, fused"),
     (replaced(activation="gelu"), r"activation='gelu' does not exist; choose one of: tanh, relu"),
     (replaced(topology="constrained"),
      r"topology='constrained' does not exist; choose one of: regular, modified"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 
-from losses import LOSSES, TransducerLossOptions, transducer_loss
+from losses import LOSSES, TransducerLossOptions, lattice, transducer_loss
 from tests.losses.problems import CASES, assert_close, make
 from tests.losses.test_lattice import second_derivatives
 
@@ -79,6 +82,82 @@ def test_options(topology: str, method: str, chosen: dict[str, float]) -> None:
 
 
 @each_method
+@each_case
+@pytest.mark.parametrize("chosen", [{}, {"fastemit_lambda": 0.2, "delay_penalty": 0.1, "alignment_power": 2.0}])
+def test_one_upstream_gradient_for_all(topology: str, name: str, chosen: dict[str, float], method: str) -> None:
+    """Reductions that sum; with options, and twice through one graph with another factor."""
+    problem = make(topology, name)
+    problem.upstream = torch.full_like(problem.upstream, 0.7)
+    options = TransducerLossOptions(**chosen)
+    loss = transducer_loss(
+        *problem.arguments(), method=method, topology=topology, reduction="sum", options=options
+    ).loss
+    expected = problem.expected(**chosen)
+    assert_close(loss, expected.nll.sum())
+    torch.autograd.grad(3.0 * loss, problem.parameters, retain_graph=True)
+    for found, wanted in zip(torch.autograd.grad(0.7 * loss, problem.parameters), expected[1:], strict=True):
+        assert_close(found, wanted)
+
+
+@each_method
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_only_the_gradients_that_are_wanted(method: str, reduction: str) -> None:
+    problem = make("regular", "ragged")
+    everything = transducer_loss(*problem.arguments(), method=method, reduction=reduction).loss.sum()
+    expected = torch.autograd.grad(everything, problem.parameters)
+    for wanted in itertools.product([True, False], repeat=4):
+        if not any(wanted):
+            continue
+        for x, needed in zip(problem.parameters, wanted, strict=True):
+            x.grad = None
+            x.requires_grad_(needed)
+        transducer_loss(*problem.arguments(), method=method, reduction=reduction).loss.sum().backward()
+        for x, needed, gradient in zip(problem.parameters, wanted, expected, strict=True):
+            assert (x.grad is not None) == needed
+            if needed:
+                torch.testing.assert_close(x.grad, gradient)
+
+
+@each_method
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_without_any_gradient(method: str, reduction: str) -> None:
+    problem = make("regular", "ragged")
+    with torch.no_grad():
+        loss = transducer_loss(*problem.arguments(), method=method, reduction=reduction).loss
+    assert not loss.requires_grad
+    assert_close(loss.sum(), problem.expected().nll.sum())
+
+
+@each_method
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_padding_has_no_gradient_whatever_comes_from_above(method: str, reduction: str, factor: float) -> None:
+    problem = make("regular", "ragged")
+    loss = transducer_loss(*problem.arguments(), method=method, reduction=reduction).loss
+    (loss.sum() * factor).backward()
+    for tensor in (problem.enc, problem.pred):
+        assert not tensor.grad[tensor.isnan()].any()
+        assert not tensor.grad[~tensor.isnan()].isfinite().all()
+
+
+@each_method
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_gradients_without_bias_and_with_int32(method: str, reduction: str) -> None:
+    problem = make("modified", "ragged", lens=torch.int32)
+    with torch.no_grad():
+        problem.bias.zero_()
+    if reduction == "sum":
+        problem.upstream = torch.ones_like(problem.upstream)
+    enc, pred, weight, _, *rest = problem.arguments()
+    loss = transducer_loss(enc, pred, weight, None, *rest, method=method, topology="modified", reduction=reduction).loss
+    expected = problem.expected()
+    weighted = loss if reduction == "sum" else (loss * problem.upstream).sum()
+    found = torch.autograd.grad(weighted, [enc, pred, weight])
+    for gradient, wanted in zip(found, expected[1:4], strict=True):
+        assert_close(gradient, wanted)
+
+
+@each_method
 def test_without_bias_and_with_int32(method: str) -> None:
     problem = make("regular", "ragged", lens=torch.int32)
     with torch.no_grad():
@@ -113,14 +192,17 @@ DTYPES = [(torch.float32, 2e-6), (torch.bfloat16, 5e-2), (torch.float16, 6e-3)]
 
 
 @each_method
+@pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_other_dtypes(dtype: torch.dtype, tolerance: float, method: str) -> None:
+def test_other_dtypes(dtype: torch.dtype, tolerance: float, method: str, reduction: str) -> None:
     problem = make("regular", "odd sizes", dtype=dtype)
+    if reduction == "sum":
+        problem.upstream = torch.ones_like(problem.upstream)
     expected = problem.expected()
-    loss = transducer_loss(*problem.arguments(), method=method, reduction="none").loss
+    loss = transducer_loss(*problem.arguments(), method=method, reduction=reduction).loss
     assert loss.dtype == torch.float32
-    assert_close(loss, expected.nll, tolerance)
-    (loss * problem.upstream.float()).sum().backward()
+    assert_close(loss, expected.nll if reduction == "none" else expected.nll.sum(), tolerance)
+    (loss * problem.upstream.float() if reduction == "none" else loss).sum().backward()
     for tensor, gradient in zip(problem.parameters, expected[1:], strict=True):
         assert tensor.grad.dtype == dtype
         assert_close(tensor.grad, gradient, tolerance)
@@ -196,3 +278,22 @@ def test_backward_twice_through_a_kept_graph(method: str) -> None:
     second = torch.autograd.grad(loss, problem.parameters)
     for x, y in zip(first, second, strict=True):
         assert torch.equal(x, y)
+
+
+@each_method
+def test_without_gradients_no_work_is_done_for_them(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = lattice.forward_backward
+
+    def forward_backward(*arguments: Any, occupancies: bool = True, **named: Any) -> Any:
+        asked.append(occupancies)
+        return real(*arguments, occupancies=occupancies, **named)
+
+    monkeypatch.setattr(lattice, "forward_backward", forward_backward)
+    inputs = [torch.randn(s, requires_grad=True) for s in ((2, 5, 8), (2, 4, 8), (6, 8))]
+    rest = torch.ones(2, 3, dtype=torch.int64), torch.tensor([5, 4]), torch.tensor([3, 2])
+    with torch.no_grad():
+        assert not transducer_loss(*inputs, None, *rest, method=method).loss.requires_grad
+    assert asked and not any(asked)
+    transducer_loss(*inputs, None, *rest, method=method).loss.backward()
+    assert asked[-1]

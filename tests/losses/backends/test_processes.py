@@ -148,3 +148,23 @@ def test_importing_the_package_needs_no_compiler_and_no_other_part() -> None:
         "print(sorted({m.partition('.')[0] for m in sys.modules} & others))"
     )
     assert finish(start(code)).splitlines()[-1] == "[]"
+
+
+def test_tasks_run_on_one_torch_thread_each_and_leave_the_setting_alone(two_threads) -> None:
+    seen: list[int] = []
+    with threads.serial_torch() as count:
+        assert count == 2 and torch.get_num_threads() == 1
+        threads.run_tasks([lambda: seen.append(torch.get_num_threads())] * 20, count)
+    assert seen == [1] * 20
+    assert torch.get_num_threads() == 2
+    later: list[int] = []
+    worker = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    worker.start()
+    worker.join(60)
+    assert later == [2]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_error_of_a_task_is_raised(count: int) -> None:
+    with pytest.raises(ZeroDivisionError):
+        threads.run_tasks([lambda: None, lambda: 1 // 0, lambda: None], count)  # type: ignore[list-item]

@@ -1,0 +1,98 @@
+"""Normaliser, gather and gradient of packed logits [N, V] in torch operations, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from losses.backends import GRADIENT_FLOOR
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Bytes of logits: few large operations, since each of them costs a launch.
+TILE, GROUP, CACHE, CHUNK = 2**26, 2**28, 2**28, 2**27
+LEAST_TILE = 128
+
+
+def parallel() -> nullcontext[int]:
+    """Torch shares out the work of each operation by itself."""
+    return nullcontext(1)
+
+
+def run(tasks: Sequence[Callable[[], None]], threads: int) -> None:
+    """Call each of the tasks."""
+    for task in tasks:
+        task()
+
+
+def shares(size: int, threads: int, most: int) -> list[slice]:
+    """See losses/backends/__init__.py."""
+    return [slice(i, min(i + most, size)) for i in range(0, size, most)]
+
+
+def hidden(enc: Tensor, pred: Tensor, rows: Tensor, columns: Tensor, activation: str, out: Tensor) -> None:
+    """See losses/backends/__init__.py."""
+    total = enc.index_select(0, rows) + pred.index_select(0, columns)
+    out.copy_(total.tanh_() if activation == "tanh" else total.relu_())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """See losses/backends/__init__.py."""
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def gather(logits: Tensor, labels: Tensor, blank: int, out: tuple[Tensor, Tensor, Tensor]) -> None:
+    """See losses/backends/__init__.py."""
+    blank_lp, label_lp, normalizer = out
+    cells = logits.to(normalizer.dtype)
+    torch.logsumexp(cells, dim=1, out=normalizer)
+    torch.sub(cells[:, blank], normalizer, out=blank_lp)
+    of_label = cells.gather(1, labels.clamp(min=0)[:, None]).squeeze(1) - normalizer
+    label_lp.copy_(of_label.masked_fill_(labels < 0, 0.0))
+
+
+def gradient(
+    logits: Tensor,
+    at: Tensor,
+    labels: Tensor,
+    blank: int,
+    normalizer: Tensor,
+    blank_occ: Tensor,
+    label_occ: Tensor,
+    scale: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """See losses/backends/__init__.py."""
+    blanks, labelled = blank_occ * scale, label_occ * scale
+    work = logits.index_select(0, at).to(normalizer.dtype)
+    work.sub_(normalizer[:, None]).exp_().mul_((blanks + labelled)[:, None])
+    work[:, blank] -= blanks
+    waiting = (labels >= 0).to(work.dtype)
+    work.scatter_add_(1, labels.clamp(min=0)[:, None], -(labelled * waiting)[:, None])
+    floor = GRADIENT_FLOOR[normalizer.dtype] * scale.abs()[:, None]
+    work.masked_fill_(work.abs() <= floor, 0.0)
+    out.copy_(work)
+    return work.sum(0)
+
+
+def add(
+    gradient: Tensor,
+    hidden: Tensor,
+    first: int,
+    rows: Tensor,
+    columns: Tensor,
+    activation: str,
+    enc_gradient: Tensor,
+    pred_gradient: Tensor,
+) -> None:
+    """See losses/backends/__init__.py."""
+    part = slice(first, first + gradient.shape[1])
+    h = hidden[:, part].to(enc_gradient.dtype)
+    g = gradient.to(enc_gradient.dtype)
+    g = g * (1 - h * h) if activation == "tanh" else g * (h > 0)
+    enc_gradient[:, part].index_add_(0, rows, g)
+    pred_gradient[:, part].index_add_(0, columns, g)

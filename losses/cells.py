@@ -1,0 +1,94 @@
+"""Which cells of the lattice the fused loss computes, packed one after another, and in what groups."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from losses.shapes import Lengths
+
+
+class Group(NamedTuple):
+    """Some utterances of a batch and their reachable cells, int64 [N] each.
+
+    utterances: their numbers.  lengths: theirs.  shape: (utterances, frames, columns) of their padded lattices.
+    at: index of each cell into those lattices.  rows, columns: into [B * T] and [B * (U+1)] of the batch.
+    likely: so many cells, the first ones, are those nearest the diagonal of their lattice.
+    """
+
+    utterances: list[int]
+    lengths: Lengths
+    shape: tuple[int, int, int]
+    at: Tensor
+    rows: Tensor
+    columns: Tensor
+    likely: int
+
+
+def reachable(lengths: Lengths, topology: str) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Index of the cells of padded lattices that lie on some complete alignment, and the shape of the lattices."""
+    enc_lens = np.array(lengths.enc, dtype=np.int64)[:, None, None]
+    target_lens = np.array(lengths.target, dtype=np.int64)[:, None, None]
+    t, u = np.arange(max(lengths.enc))[:, None], np.arange(max(lengths.target) + 1)
+    cells = (t < enc_lens) & (u <= target_lens)
+    if topology == "modified":
+        cells &= (u <= t) & (target_lens - u <= enc_lens - t)
+    return np.flatnonzero(cells), cells.shape
+
+
+def _diagonal_first(at: np.ndarray, frames: int, tokens: int, columns: int, count: int) -> np.ndarray:
+    """at, `count` cells nearest the diagonal of one lattice first; both parts stay in order.
+
+    Alignments of an untrained model lie around the diagonal, and those of a trained one are not far from it.
+    """
+    distance = np.abs(at % columns * frames - at // columns * tokens)
+    near = np.zeros(at.size, dtype=bool)
+    near[np.argpartition(distance, count - 1)[:count]] = True
+    return np.concatenate([at[near], at[~near]])
+
+
+def groups(
+    lengths: Lengths, frames: int, columns: int, topology: str, most: int, room: int, device: torch.device
+) -> list[Group]:
+    """A batch [B, frames, columns] in groups of at most `most` cells, or of one utterance.
+
+    Utterances of equal length come together, so that the padded lattices of a group are small. room >= most: cells that
+    are marked as likely.
+    """
+    order = sorted(range(len(lengths.enc)), key=lambda b: (lengths.enc[b], lengths.target[b]))
+    chosen: list[list[int]] = []
+    cells = 0
+    for b in order:
+        size = lengths.enc[b] * (lengths.target[b] + 1)
+        if chosen and cells + size <= most:
+            chosen[-1].append(b)
+            cells += size
+        else:
+            chosen.append([b])
+            cells = size
+    return [_group(numbers, lengths, frames, columns, topology, room, device) for numbers in chosen]
+
+
+def _group(
+    numbers: list[int], lengths: Lengths, frames: int, columns: int, topology: str, room: int, device: torch.device
+) -> Group:
+    own = Lengths([lengths.enc[b] for b in numbers], [lengths.target[b] for b in numbers])
+    at, shape = reachable(own, topology)
+    if at.size > room and len(numbers) == 1:
+        at = _diagonal_first(at, own.enc[0], own.target[0], shape[2], room)
+    t, u = at // shape[2] % shape[1], at % shape[2]
+    utterance = np.array(numbers)[at // (shape[1] * shape[2])]
+    rows, under = utterance * frames + t, utterance * columns + u
+    cells, by_row, by_column = (torch.from_numpy(x).to(device) for x in (at, rows, under))
+    return Group(numbers, own, shape, cells, by_row, by_column, min(at.size, room))
+
+
+def next_labels(targets: Tensor, lengths: Lengths) -> Tensor:
+    """[B, U+1]: the label that column u waits for, -1 where none is left."""
+    labels = torch.nn.functional.pad(targets, (0, 1))
+    column = torch.arange(labels.shape[1], device=targets.device)
+    lens = torch.tensor(lengths.target, dtype=torch.int64, device=targets.device)
+    return labels.masked_fill(column >= lens[:, None], -1)

@@ -1,0 +1,356 @@
+"""Method "fused": joiner, loss and gradient in tiles of packed lattice cells; nothing of the logits' size is made.
+
+Utterances are taken in groups. The forward pass computes the logits of a group tile by tile, a tile small enough to
+stay in the processor's cache, and keeps three numbers of each cell: the log-probs of blank and of the next label, and
+the log-normaliser. Forward-backward over those (losses/lattice.py) gives the occupancies of the group's cells. Only
+cells whose occupancy exceeds a threshold have a gradient that counts; of these the logits are computed again, become
+the gradient by the logits
+
+    p * (b + l) - b * [token is blank] - l * [token is the next label]                       (Li et al. 2019, sec. 3.2)
+
+and go into the gradients of encoder output, predictor output, weight and bias at once, which are summed in float32 (or
+float64).
+
+Cells that no alignment reaches are not computed at all: padding, and in "modified" two corners of the lattice.
+
+When. Where all utterances will get the same upstream gradient (every reduction but "none"), the gradients are computed
+in the forward pass for an upstream gradient of 1 and scaled in the backward pass, so that the logits of the cells
+around the diagonal of the lattice, which are the likely ones, can be used while they are at hand (up to CACHE bytes of
+them). Otherwise index, occupancies and normaliser of the kept cells wait for the backward pass, packed, and the
+upstream gradient is applied to each utterance's before sums over utterances.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from losses import backends, lattice
+from losses.cells import Group, groups, next_labels
+from losses.options import TransducerLossOptions
+from losses.shapes import Lengths, product_dtype
+
+# Occupancies up to this are left out of the gradient: far below what half precision resolves. All cells of an utterance
+# together lose less than their number times this, of a sum of at least T.
+OCCUPANCY_THRESHOLD = {torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float32: 0.0, torch.float64: 0.0}
+# Rows of matrix products are filled up to a multiple: oneDNN compiles code for each shape that it meets, and keeps it.
+ROWS = 64
+MOST_COLUMNS = 512  # columns of the weight's gradient, or of the hidden states', in one product
+
+
+class Settings(NamedTuple):
+    """Arguments without a gradient."""
+
+    lengths: Lengths
+    activation: str
+    topology: str
+    blank: int
+    options: TransducerLossOptions
+    shared_upstream: bool
+    backend: str | None
+
+
+class Kept(NamedTuple):
+    """Cells with a gradient, [K] each: index into the cached logits (empty without a cache), into [B * T] and into [B *
+    (U+1)], next label (-1: none), log-normaliser, occupancies of blank and label."""
+
+    at: Tensor
+    rows: Tensor
+    columns: Tensor
+    labels: Tensor
+    normalizer: Tensor
+    blank_occ: Tensor
+    label_occ: Tensor
+
+    def part(self, index: Tensor | slice) -> Kept:
+        """Some of the cells."""
+        if isinstance(index, slice):
+            return Kept(*(x[index] for x in self))
+        return Kept(*(x.index_select(0, index) if x.numel() else x for x in self))
+
+
+class Sums:
+    """Gradients by enc [B * T, J], pred [B * (U+1), J], weight [V, J] and bias [V] while they are summed; None where
+    none is wanted."""
+
+    def __init__(self, sizes: tuple[int, int, int, int], wanted: tuple[bool, bool, bool, bool], like: Tensor) -> None:
+        rows, columns, vocab_size, dim = sizes
+        states = wanted[0] or wanted[1]
+        self.enc = like.new_zeros(rows, dim) if states else None
+        self.pred = like.new_zeros(columns, dim) if states else None
+        self.weight = like.new_zeros(vocab_size, dim) if wanted[2] else None
+        self.bias = like.new_zeros(vocab_size) if wanted[3] else None
+
+
+class Joint:
+    """One batch: its joiner, cell by cell."""
+
+    def __init__(self, enc, pred, weight, bias, targets, dtype: torch.dtype, settings: Settings) -> None:
+        self.kernels: Any = backends.load("packed", settings.backend, enc.device, dtype)
+        self.settings, self.dtype = settings, dtype
+        self.enc, self.pred = (x.detach().reshape(-1, x.shape[2]).contiguous() for x in (enc, pred))
+        self.weight = weight.detach().to(dtype).contiguous()
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.labels = next_labels(targets, settings.lengths).view(-1)
+        self.frames, self.columns = enc.shape[1], pred.shape[1]
+        self.sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.vocab_size, self.dim = weight.shape
+        self.tile = self._cells_in(self.kernels.TILE, self.vocab_size + self.dim)
+        self.room = self._cells_in(self.kernels.CACHE, self.vocab_size)
+        self.chunk = self._cells_in(self.kernels.CHUNK, self.vocab_size)
+        self._buffers: dict[str, Tensor] = {}
+
+    def _cells_in(self, size: int, row: int) -> int:
+        return _filled(max(self.kernels.LEAST_TILE, size // (row * self.dtype.itemsize)))
+
+    def buffer(self, name: str, width: int, most: int) -> Tensor:
+        """[N, width] in the dtype of the products, N enough for `most` cells or for all; used again and again, since
+        fresh memory costs a page fault every 4 KiB."""
+        if name not in self._buffers:
+            rows = _filled(min(most, self.settings.lengths.cells))
+            self._buffers[name] = self.enc.new_empty(rows, width, dtype=self.dtype)
+        return self._buffers[name]
+
+    def sums(self, wanted: tuple[bool, bool, bool, bool]) -> Sums:
+        sizes = self.enc.shape[0], self.pred.shape[0], self.vocab_size, self.dim
+        return Sums(sizes, wanted, self.enc.new_empty(0, dtype=self.sum_dtype))
+
+    def groups(self) -> list[Group]:
+        """The batch in groups whose logits, all or those nearest the diagonal, fit the cache."""
+        size, settings = self._cells_in(self.kernels.GROUP, self.vocab_size), self.settings
+        topology, device = settings.topology, self.enc.device
+        return groups(settings.lengths, self.frames, self.columns, topology, min(size, self.room), self.room, device)
+
+    def cache(self) -> Tensor:
+        """[C, V], for the logits of the first cells of each group."""
+        return self.buffer("cache", self.vocab_size, self.room)
+
+    def log_probs(
+        self, group: Group, cache: Tensor | None, kept: int, threads: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Next label, and log-probs of blank and of that label, and log-normaliser, [N] each, of the group's cells.
+
+        cache [C, V] takes the logits of the first `kept` cells, C >= _filled(kept).
+        """
+        count = group.at.shape[0]
+        labels = self.labels.index_select(0, group.columns)
+        out = tuple(self.enc.new_empty(count, dtype=self.sum_dtype) for _ in range(3))
+
+        def tile(start: int, stop: int) -> None:
+            part, size = slice(start, stop), stop - start
+            hidden = self.enc.new_empty(_filled(size), self.dim, dtype=self.dtype)
+            self._hidden(group.rows[part], group.columns[part], hidden[:size])
+            hidden[size:] = 0
+            place = None if cache is None or stop > kept else cache[start : start + hidden.shape[0]]
+            logits = self.kernels.linear(hidden, self.weight, self.bias, place)
+            self.kernels.gather(logits[:size], labels[part], self.settings.blank, tuple(x[part] for x in out))
+
+        self.kernels.run(
+            [
+                partial(tile, start, min(start + self.tile, last))
+                for first, last in ((0, kept), (kept, count))
+                for start in range(first, last, self.tile)
+            ],
+            threads,
+        )
+        return labels, *out
+
+    def _hidden(self, rows: Tensor, columns: Tensor, out: Tensor) -> None:
+        self.kernels.hidden(self.enc, self.pred, rows, columns, self.settings.activation, out)
+
+    def add_gradients(
+        self, kept: Kept, cache: Tensor | None, upstream: Tensor | None, sums: Sums, threads: int
+    ) -> None:
+        """Add the gradients of the kept cells, whose logits are in the cache or else are computed again.
+
+        upstream [B]; None stands for 1.
+        """
+        count = kept.rows.shape[0]
+        for start in range(0, count, self.chunk):
+            part = slice(start, min(start + self.chunk, count))
+            self._add_chunk(kept.part(part), cache, upstream, sums, threads)
+
+    def _add_chunk(self, kept: Kept, cache: Tensor | None, upstream: Tensor | None, sums: Sums, threads: int) -> None:
+        count = kept.rows.shape[0]
+        hidden = self.buffer("hidden", self.dim, self.chunk)[: _filled(count)]
+        by_logits = self.buffer("by_logits", self.vocab_size, self.chunk)[: _filled(count)]
+        if upstream is None:
+            scale = torch.ones_like(kept.normalizer)
+        else:
+            scale = upstream.to(self.sum_dtype).index_select(0, kept.rows.div(self.frames, rounding_mode="floor"))
+        hidden[count:] = 0
+        starts = range(0, count, self.tile)
+        by_bias: list[Any] = [None] * len(starts)
+
+        def by_cells(i: int) -> None:
+            part = slice(starts[i], min(starts[i] + self.tile, count))
+            filled = slice(starts[i], starts[i] + self.tile)  # up to ROWS - 1 more at the end
+            at, rows, columns, *rest = kept.part(part)
+            self._hidden(rows, columns, hidden[part])
+            logits = cache
+            if logits is None:
+                logits = self.kernels.linear(hidden[filled], self.weight, self.bias, by_logits[filled])
+                at = torch.arange(rows.shape[0], device=rows.device)
+            labels, *numbers = rest
+            by_bias[i] = self.kernels.gradient(
+                logits, at, labels, self.settings.blank, *numbers, scale[part], by_logits[part]
+            )
+
+        def by_states(columns: slice) -> None:
+            weight = self.weight[:, columns]
+            for start in starts:
+                part, filled = slice(start, min(start + self.tile, count)), slice(start, start + self.tile)
+                by_hidden = by_logits[filled] @ weight
+                self.kernels.add(
+                    by_hidden[: part.stop - start], hidden[part], columns.start, kept.rows[part], kept.columns[part],
+                    self.settings.activation, sums.enc, sums.pred,
+                )  # fmt: skip
+
+        def by_weight(tokens: slice) -> None:
+            assert sums.weight is not None
+            total, product = sums.weight[tokens], by_logits[:, tokens].t()
+            if total.dtype == self.dtype:
+                total.addmm_(product, hidden)
+            else:
+                total += product @ hidden
+
+        self.kernels.run([partial(by_cells, i) for i in range(len(starts))], threads)
+        by_logits[count:] = 0
+        tasks = []
+        if sums.enc is not None:
+            tasks += [partial(by_states, x) for x in self.kernels.shares(self.dim, threads, MOST_COLUMNS)]
+        if sums.weight is not None:
+            tasks += [partial(by_weight, x) for x in self.kernels.shares(self.vocab_size, threads, MOST_COLUMNS)]
+        self.kernels.run(tasks, threads)
+        if sums.bias is not None:
+            for x in by_bias:
+                sums.bias += x
+
+
+def _filled(count: int) -> int:
+    """The next multiple of ROWS."""
+    return -(-count // ROWS) * ROWS
+
+
+def _spread(values: Tensor, at: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Packed values [N] at their cells, 0 elsewhere."""
+    out = values.new_zeros(shape)
+    out.view(-1)[at] = values
+    return out
+
+
+def _keep(occupied: list[Tensor], group: Group, labels: Tensor, normalizer: Tensor, threshold: float) -> Kept:
+    """The cells whose occupancy exceeds the threshold, or is NaN, of a loss that is not finite."""
+    blank_occ = occupied[0].reshape(-1).index_select(0, group.at)
+    label_occ = torch.nn.functional.pad(occupied[1], (0, 1)).reshape(-1).index_select(0, group.at)
+    chosen = torch.nonzero(~(blank_occ + label_occ <= threshold)).squeeze(1)
+    return Kept(chosen, group.rows, group.columns, labels, normalizer, blank_occ, label_occ)
+
+
+def _forward(joint: Joint, sums: Sums | None, wanted: bool, threads: int) -> tuple[Tensor, Kept | None]:
+    """Loss [B]; adds the gradients to sums, or without them returns the cells that have one."""
+    settings = joint.settings
+    threshold = settings.options.occupancy_threshold
+    if threshold is None:
+        threshold = OCCUPANCY_THRESHOLD[joint.dtype]
+    loss = joint.enc.new_zeros(len(settings.lengths.enc), dtype=joint.sum_dtype)
+    waiting = []
+    for group in joint.groups():
+        likely = 0 if sums is None else group.likely
+        cache = joint.cache() if likely else None
+        labels, blank_lp, label_lp, normalizer = joint.log_probs(group, cache, likely, threads)
+        nll, *occupied = lattice.regularized(
+            _spread(blank_lp, group.at, group.shape),
+            _spread(label_lp, group.at, group.shape)[:, :, :-1],
+            group.lengths,
+            settings.topology,
+            settings.options,
+            backend=settings.backend,
+            occupancies=wanted,
+        )
+        loss[group.utterances] = nll.to(loss.dtype)
+        if not wanted:
+            continue
+        found = _keep([x for x in occupied if x is not None], group, labels, normalizer, threshold)
+        cells = Kept(found.at, *(x.index_select(0, found.at) for x in found[1:]))
+        if sums is None:
+            waiting.append(cells._replace(at=cells.at[:0]))
+            continue
+        cached = int((cells.at < likely).sum())  # cells are in order
+        joint.add_gradients(cells.part(slice(0, cached)), cache, None, sums, threads)
+        joint.add_gradients(cells.part(slice(cached, None)), None, None, sums, threads)
+    if sums is not None or not waiting:
+        return loss, None
+    return loss, Kept(*(torch.cat(x) for x in zip(*waiting, strict=True)))
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, enc, pred, weight, bias, targets, settings):
+        dtype = product_dtype(enc, pred)
+        wanted = tuple(ctx.needs_input_grad[:4])
+        with torch.autocast(enc.device.type, enabled=False):
+            joint = Joint(enc, pred, weight, bias, targets, dtype, settings)
+            sums = joint.sums(wanted) if settings.shared_upstream and any(wanted) else None
+            with joint.kernels.parallel() as threads:
+                loss, kept = _forward(joint, sums, any(wanted), threads)
+        ctx.settings, ctx.dtype = settings, dtype
+        if sums is not None:
+            ctx.save_for_backward(enc, pred, weight, bias, sums.enc, sums.pred, sums.weight, sums.bias)
+        elif any(wanted):
+            ctx.save_for_backward(enc, pred, weight, bias, targets, *(kept or ()))
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        sources = ctx.saved_tensors[:4]
+        with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
+            if ctx.settings.shared_upstream:
+                gradients = lattice.scaled(ctx.saved_tensors[4:], upstream)
+            else:
+                gradients = _gradients(ctx, upstream)
+            gradients = [
+                g.view_as(x).to(x.dtype) if wanted and g is not None else None
+                for g, x, wanted in zip(gradients, sources, ctx.needs_input_grad, strict=False)
+            ]
+        if torch.is_grad_enabled():
+            tied = [x for x in (*sources, upstream) if x is not None]
+            gradients = [None if g is None else lattice.RefuseDoubleBackward.apply(g, *tied) for g in gradients]
+        return *gradients, None, None
+
+
+def _gradients(ctx, upstream: Tensor) -> list[Tensor | None]:
+    enc, pred, weight, bias, targets, *kept = ctx.saved_tensors
+    joint = Joint(enc, pred, weight, bias, targets, ctx.dtype, ctx.settings)
+    sums = joint.sums(tuple(ctx.needs_input_grad[:4]))
+    if kept:
+        with joint.kernels.parallel() as threads:
+            joint.add_gradients(Kept(*kept), None, upstream, sums, threads)
+    return [sums.enc, sums.pred, sums.weight, sums.bias]
+
+
+def fused_loss(
+    enc: Tensor,
+    pred: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    lengths: Lengths,
+    *,
+    activation: str,
+    topology: str,
+    blank: int,
+    options: TransducerLossOptions,
+    shared_upstream: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """-log P of each utterance [B] from checked inputs.
+
+    shared_upstream: all utterances will get the same upstream gradient; it is not checked. backend: a name of BACKENDS;
+    None takes numba on CPU (float16: torch) and torch elsewhere.
+    """
+    settings = Settings(lengths, activation, topology, blank, options, shared_upstream, backend)
+    return _FusedLoss.apply(enc, pred, weight, bias, targets.long(), settings)

@@ -1,0 +1,154 @@
+"""Packing, caching, leaving out rare cells, and the torch tiles of the fused loss."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from losses import TransducerLossOptions, transducer_loss
+from losses.backends import BACKENDS, numba_packed, torch_packed
+from losses.cells import groups
+from losses.fused import OCCUPANCY_THRESHOLD, fused_loss
+from losses.shapes import Lengths, check_inputs
+from tests.losses.problems import CASES, Problem, assert_close, make
+
+
+def cells_by_enumeration(frames: int, tokens: int, topology: str) -> set[tuple[int, int]]:
+    """Cells (t, u) of all alignments."""
+    found = set()
+    choose = itertools.combinations if topology == "modified" else itertools.combinations_with_replacement
+    for at in choose(range(frames), tokens):
+        u = 0
+        for t in range(frames):
+            found.add((t, u))
+            for _ in range(at.count(t)):
+                u += 1
+                if topology == "regular":
+                    found.add((t, u))
+    return found
+
+
+@pytest.mark.parametrize("room", [1, 12, 1000])
+@pytest.mark.parametrize("topology", ["regular", "modified"])
+def test_cells_are_those_that_an_alignment_passes(topology: str, room: int) -> None:
+    lengths = Lengths([4, 2, 3, 1], [2, 2, 0, 1])
+    found = []
+    for group in groups(lengths, 5, 4, topology, room, 2 * room, torch.device("cpu")):
+        count = len(group.rows)
+        assert count <= room or len(group.utterances) == 1
+        assert group.likely == min(count, 2 * room)
+        for at, row, column in zip(group.at.tolist(), group.rows.tolist(), group.columns.tolist(), strict=True):
+            b = group.utterances[at // (group.shape[1] * group.shape[2])]
+            t, u = at // group.shape[2] % group.shape[1], at % group.shape[2]
+            assert (row, column) == (b * 5 + t, b * 4 + u)
+            found.append((b, t, u))
+    expected = {
+        (b, t, u)
+        for b, (frames, tokens) in enumerate(zip(*lengths, strict=True))
+        for t, u in cells_by_enumeration(frames, tokens, topology)
+    }
+    assert len(found) == len(expected) and set(found) == expected
+
+
+def loss_and_gradients(problem: Problem, backend: str | None, shared: bool, **options) -> list[torch.Tensor]:
+    """Of the fused loss, with an upstream gradient of 3 if it is shared."""
+    lengths, blank = check_inputs(*problem.arguments(), topology=problem.topology, blank=problem.blank)
+    loss = fused_loss(
+        *problem.parameters, problem.targets, lengths, activation="tanh", topology=problem.topology, blank=blank,
+        options=TransducerLossOptions(**options), shared_upstream=shared, backend=backend,
+    )  # fmt: skip
+    weights = torch.full_like(problem.upstream, 3.0) if shared else problem.upstream
+    return [loss, *torch.autograd.grad(loss, problem.parameters, weights.to(loss.dtype))]
+
+
+@pytest.mark.parametrize("cache", [0, 700, 2**20])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize(("topology", "name"), CASES)
+def test_tiles_chunks_and_caches_of_any_size(
+    topology: str, name: str, backend: str, shared: bool, cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the reference, whatever is cut where."""
+    for module in (numba_packed, torch_packed):
+        monkeypatch.setattr(module, "TILE", 300)
+        monkeypatch.setattr(module, "CHUNK", 800)
+        monkeypatch.setattr(module, "GROUP", cache)
+        monkeypatch.setattr(module, "CACHE", cache)
+        monkeypatch.setattr(module, "LEAST_TILE", 2)
+    problem = make(topology, name)
+    if shared:
+        problem.upstream = torch.full_like(problem.upstream, 3.0)
+    loss, *gradients = loss_and_gradients(problem, backend, shared)
+    expected = problem.expected()
+    assert_close(loss, expected.nll)
+    for found, wanted in zip(gradients, expected[1:], strict=True):
+        assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("topology", ["regular", "modified"])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_bfloat16_gradients_without_rare_cells(topology: str, activation: str, reduction: str) -> None:
+    """A sharp model, most of whose cells fall under the threshold, against float64, which leaves none out."""
+    torch.manual_seed(0)
+    batch, frames, tokens, dim, vocab_size = 2, 30, 12, 16, 40
+    enc, pred = torch.randn(batch, frames, dim), torch.randn(batch, tokens + 1, dim)
+    weight, bias = torch.randn(vocab_size, dim), torch.randn(vocab_size)
+    sources = [x.bfloat16() for x in (enc, pred, weight, bias)]
+    targets = torch.randint(1, vocab_size, (batch, tokens))
+    lens = torch.tensor([30, 25]), torch.tensor([12, 7])
+    gradients = []
+    for dtype in (torch.float64, torch.bfloat16):
+        inputs = [x.to(dtype).requires_grad_() for x in sources]
+        transducer_loss(
+            *inputs, targets, *lens, method="fused", activation=activation, topology=topology, reduction=reduction
+        ).loss.sum().backward()
+        gradients.append([x.grad.double() for x in inputs])
+    assert OCCUPANCY_THRESHOLD[torch.float64] == 0
+    for exact, found in zip(*gradients, strict=True):
+        assert (found - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("threshold", [1e-8, 1e-6, 1e-4, 1e-2])
+def test_error_of_a_threshold(threshold: float) -> None:
+    """Each cell left out costs at most its occupancy: in float64 the error stays below cells times threshold."""
+    problem = make("regular", "odd sizes", vocab=30, dim=16)
+    exact = loss_and_gradients(problem, None, True)
+    found = loss_and_gradients(problem, None, True, occupancy_threshold=threshold)
+    assert torch.equal(found[0], exact[0])
+    cells = 63 * 12 + 40 * 8
+    for x, y, size in zip(found[1:], exact[1:], (30, 30, 1, 1), strict=True):
+        # |gradient by the logits of a cell| <= 2 * occupancy; by the hidden states: times the weight's size
+        assert 0 < (x - y).abs().max() <= 3.0 * 2 * threshold * cells * size
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 5e-2), (torch.float16, 6e-3)])
+def test_torch_tiles_in_other_dtypes(dtype: torch.dtype, tolerance: float, shared: bool) -> None:
+    problem = make("regular", "odd sizes", dtype=dtype)
+    if shared:
+        problem.upstream = torch.full_like(problem.upstream, 3.0)
+    expected = problem.expected()
+    loss, *gradients = loss_and_gradients(problem, "torch", shared)
+    assert_close(loss, expected.nll, tolerance)
+    for found, wanted in zip(gradients, expected[1:], strict=True):
+        assert found.dtype == dtype
+        assert_close(found, wanted, tolerance)
+
+
+def test_threads_do_not_change_the_result() -> None:
+    problem = make("regular", "odd sizes", dtype=torch.float32, vocab=200, dim=130)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (2, 2, 2):
+            torch.set_num_threads(count)
+            results.append(loss_and_gradients(problem, None, True))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for x, y in zip(results[0], other, strict=True):
+            assert torch.equal(x, y)

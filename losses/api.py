@@ -75,8 +75,8 @@ def transducer_loss(
         weight: [V, J].  bias: [V] or None.
         targets: [B, U] int32 or int64, token ids in 0..V-1 other than blank; padded with anything.
         enc_lens: [B] int32 or int64, frames, 1..T.  target_lens: [B] int32 or int64, tokens, 0..U. Both on any device.
-        method: a name of LOSSES: "batched" (all logits at once), "samplewise" (utterance by utterance) or "fused" (tiles
-            of reachable cells, never all logits).
+        method: a name of LOSSES: "batched" (all logits at once), "samplewise" (utterance by utterance) or "fused"
+            (tiles of reachable cells, never all logits).
         activation: "tanh" or "relu".
         topology: "regular" (Graves 2012) or "modified" (one symbol a frame; target_lens[i] <= enc_lens[i]).
         simple: logits of a trivial joiner, ([B, T, V], [B, U+1, V]); only for methods that use one: none so far.

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from losses.shapes import Lengths
 
+# Occupancies up to this are left out of the gradient: far below what half precision resolves. All cells of an utterance
+# together lose less than their number times this, of a sum of at least T.
+OCCUPANCY_THRESHOLD = {torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float32: 0.0, torch.float64: 0.0}
+
 
 class Group(NamedTuple):
     """Some utterances of a batch and their reachable cells, int64 [N] each.
@@ -28,15 +32,22 @@ class Group(NamedTuple):
     likely: int
 
 
-def reachable(lengths: Lengths, topology: str) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Index of the cells of padded lattices that lie on some complete alignment, and the shape of the lattices."""
+def reachable(lengths: Lengths, frames: int, columns: int, topology: str) -> np.ndarray:
+    """Index, in order, of the cells of padded lattices [B, frames, columns] that lie on some complete alignment."""
     enc_lens = np.array(lengths.enc, dtype=np.int64)[:, None, None]
     target_lens = np.array(lengths.target, dtype=np.int64)[:, None, None]
-    t, u = np.arange(max(lengths.enc))[:, None], np.arange(max(lengths.target) + 1)
+    t, u = np.arange(frames)[:, None], np.arange(columns)
     cells = (t < enc_lens) & (u <= target_lens)
     if topology == "modified":
         cells &= (u <= t) & (target_lens - u <= enc_lens - t)
-    return np.flatnonzero(cells), cells.shape
+    return np.flatnonzero(cells)
+
+
+def spread(values: Tensor, at: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Packed values [N] at their cells, 0 elsewhere."""
+    out = values.new_zeros(shape)
+    out.view(-1)[at] = values
+    return out
 
 
 def _diagonal_first(at: np.ndarray, frames: int, tokens: int, columns: int, count: int) -> np.ndarray:
@@ -76,7 +87,8 @@ def _group(
     numbers: list[int], lengths: Lengths, frames: int, columns: int, topology: str, room: int, device: torch.device
 ) -> Group:
     own = Lengths([lengths.enc[b] for b in numbers], [lengths.target[b] for b in numbers])
-    at, shape = reachable(own, topology)
+    shape = len(numbers), max(own.enc), max(own.target) + 1
+    at = reachable(own, *shape[1:], topology)
     if at.size > room and len(numbers) == 1:
         at = _diagonal_first(at, own.enc[0], own.target[0], shape[2], room)
     t, u = at // shape[2] % shape[1], at % shape[2]

@@ -29,13 +29,10 @@ import torch
 from torch import Tensor
 
 from losses import backends, lattice
-from losses.cells import Group, groups, next_labels
+from losses.cells import OCCUPANCY_THRESHOLD, Group, groups, next_labels, spread
 from losses.options import TransducerLossOptions
 from losses.shapes import Lengths, product_dtype
 
-# Occupancies up to this are left out of the gradient: far below what half precision resolves. All cells of an utterance
-# together lose less than their number times this, of a sum of at least T.
-OCCUPANCY_THRESHOLD = {torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float32: 0.0, torch.float64: 0.0}
 # Rows of matrix products are filled up to a multiple: oneDNN compiles code for each shape that it meets, and keeps it.
 ROWS = 64
 MOST_COLUMNS = 512  # columns of the weight's gradient, or of the hidden states', in one product
@@ -235,13 +232,6 @@ def _filled(count: int) -> int:
     return -(-count // ROWS) * ROWS
 
 
-def _spread(values: Tensor, at: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Packed values [N] at their cells, 0 elsewhere."""
-    out = values.new_zeros(shape)
-    out.view(-1)[at] = values
-    return out
-
-
 def _keep(occupied: list[Tensor], group: Group, labels: Tensor, normalizer: Tensor, threshold: float) -> Kept:
     """The cells whose occupancy exceeds the threshold, or is NaN, of a loss that is not finite."""
     blank_occ = occupied[0].reshape(-1).index_select(0, group.at)
@@ -263,8 +253,8 @@ def _forward(joint: Joint, sums: Sums | None, wanted: bool, threads: int) -> tup
         cache = joint.cache() if likely else None
         labels, blank_lp, label_lp, normalizer = joint.log_probs(group, cache, likely, threads)
         nll, *occupied = lattice.regularized(
-            _spread(blank_lp, group.at, group.shape),
-            _spread(label_lp, group.at, group.shape)[:, :, :-1],
+            spread(blank_lp, group.at, group.shape),
+            spread(label_lp, group.at, group.shape)[:, :, :-1],
             group.lengths,
             settings.topology,
             settings.options,

@@ -12,18 +12,13 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from losses import backends, lattice
+from losses.cells import OCCUPANCY_THRESHOLD, next_labels, reachable, spread
 from losses.options import TransducerLossOptions
 from losses.shapes import Lengths, product_dtype
-
-# Occupancies up to this are left out of the gradient: far below what the dtype of the logits resolves. All cells of an
-# utterance together lose less than their number times this, of a sum of at least T.
-OCCUPANCY_FLOOR = {torch.bfloat16: 1e-6, torch.float32: 0.0, torch.float64: 0.0}
-
 
 # bfloat16 products have a multiple of this many rows: oneDNN compiles and keeps a program for every shape it meets, and
 # the number of cells is another one in every step.
@@ -43,13 +38,7 @@ class Cells(NamedTuple):
 
 def reachable_cells(lengths: Lengths, frames: int, columns: int, topology: str) -> Cells:
     """The cells of padded lattices [B, frames, columns] that lie on some complete alignment."""
-    enc_lens = np.array(lengths.enc, dtype=np.int64)[:, None, None]
-    target_lens = np.array(lengths.target, dtype=np.int64)[:, None, None]
-    t, u = np.arange(frames)[:, None], np.arange(columns)
-    reachable = (t < enc_lens) & (u <= target_lens)
-    if topology == "modified":
-        reachable &= (u <= t) & (target_lens - u <= enc_lens - t)
-    at = np.flatnonzero(reachable)
+    at = reachable(lengths, frames, columns, topology)
     rows = at // columns
     found = (at, rows, rows // frames * columns + at % columns)
     return Cells(*(torch.from_numpy(x) for x in found))
@@ -70,12 +59,12 @@ class _PackedLoss(torch.autograd.Function):
             states = enc.detach().flatten(0, 1), pred.detach().flatten(0, 1)
             hidden = kernels.hidden_packed(*states, cells.rows, cells.columns, activation).to(dtype)
             logits = _linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
-            labels = _next_labels(targets, lengths).view(-1).index_select(0, cells.columns)
+            labels = next_labels(targets, lengths).view(-1).index_select(0, cells.columns)
             blank_lp, label_lp, normalizer = kernels.gather_packed(logits, labels, blank)
             shape = (batch, frames, columns)
             nll, *occupancies = lattice.regularized(
-                _spread(blank_lp, cells.at, shape),
-                _spread(label_lp, cells.at, shape)[:, :, :-1],
+                spread(blank_lp, cells.at, shape),
+                spread(label_lp, cells.at, shape)[:, :, :-1],
                 lengths,
                 topology,
                 options,
@@ -107,7 +96,7 @@ def _gradients(ctx, upstream: Tensor) -> list[Tensor | None]:
     blanks = blank_occ.view(-1).index_select(0, cells.at)
     labelled = torch.nn.functional.pad(label_occ, (0, 1)).view(-1).index_select(0, cells.at)
     # NaN, of a loss that is not finite, goes on
-    wanted = ~(blanks + labelled <= OCCUPANCY_FLOOR[logits.dtype])[: ctx.num_cells]
+    wanted = ~(blanks + labelled <= OCCUPANCY_THRESHOLD[logits.dtype])[: ctx.num_cells]
     chosen = torch.nonzero(wanted).squeeze(1)
     num_chosen = len(chosen)
     if logits.dtype == torch.bfloat16:
@@ -180,17 +169,3 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @functools.cache
 def _onednn_has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _next_labels(targets: Tensor, lengths: Lengths) -> Tensor:
-    """[B, U+1]: the label that column u waits for, -1 where none is left."""
-    labels = torch.nn.functional.pad(targets, (0, 1))
-    column = torch.arange(labels.shape[1])
-    return labels.masked_fill(column >= torch.tensor(lengths.target, dtype=torch.int64)[:, None], -1)
-
-
-def _spread(values: Tensor, at: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Packed values [N] at their cells, 0 elsewhere."""
-    out = values.new_zeros(shape)
-    out.view(-1)[at] = values
-    return out

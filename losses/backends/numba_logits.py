@@ -1,8 +1,4 @@
-"""Normaliser, gather and gradient of the logits on CPU: compiled loops, frames over threads.
-
-float32 and float64 as they are, bfloat16 through its bits; sums of float32 are kept in blocks and added in float64. Exp
-is a short polynomial here and not a library call, so that the compiler vectorises the loops.
-"""
+"""Normaliser, gather and gradient of the logits on CPU: compiled loops of numba_rows.py, frames over threads."""
 
 # Compiled code: an intrinsic is called without the context that its definition takes.
 # mypy: disable-error-code="call-arg, var-annotated"
@@ -14,165 +10,27 @@ import math
 import numpy as np
 import torch
 from numba import types
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 from torch import Tensor
 
 from losses.backends import GRADIENT_FLOOR
 from losses.backends.numba_bfloat16 import load_number, number_array, store_number
-from losses.backends.threads import jit, jit_reordering, run_groups
+from losses.backends.numba_rows import (
+    LOWEST,
+    F,
+    add_rows,
+    exp32,
+    gather_rows,
+    hidden_rows,
+    log_sum_exp,
+    softmax_row,
+)
+from losses.backends.threads import jit, run_groups
 from losses.shapes import Lengths
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SMALL_PROBLEM = 2**15  # logits below which handing work to another thread costs more than it saves
 TILE = 2**17  # logits of a piece of work
-BLOCK = 256  # logits summed in their own precision before they are added in float64
-
-F = np.float32
-ROUND = F(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
-LOWEST = F(-87.0)  # exp of less is denormal
-LOG2E, LN2_HIGH, LN2_LOW = F(1.44269504), F(0.693359375), F(-2.12194440e-4)
-P0, P1, P2 = F(1.9875691500e-4), F(1.3981999507e-3), F(8.3334519073e-3)
-P3, P4, P5 = F(4.1665795894e-2), F(1.6666665459e-1), F(5.0000001201e-1)
-ONE, TWO = F(1.0), F(2.0)
-
-
-def _bits(context, builder, value):
-    """The bits of a float32."""
-    return builder.bitcast(value, context.get_value_type(types.int32))
-
-
-def _float(context, builder, bits):
-    return builder.bitcast(bits, context.get_value_type(types.float32))
-
-
-def _integer(context, value):
-    return context.get_constant(types.int32, value)
-
-
-def _flip_negative(context, builder, bits):
-    """Bits of a float32 to the integer of the same order, and back."""
-    sign = builder.ashr(bits, _integer(context, 31))
-    return builder.xor(bits, builder.and_(sign, _integer(context, 0x7FFFFFFF)))
-
-
-@intrinsic
-def _power_of_two(typing_context, shifted):
-    """2**n as float32, for shifted = n + ROUND."""
-
-    def generate(context, builder, signature, arguments):
-        n = builder.add(_bits(context, builder, arguments[0]), _integer(context, 127))
-        return _float(context, builder, builder.shl(n, _integer(context, 23)))
-
-    return types.float32(types.float32), generate
-
-
-@intrinsic
-def _order(typing_context, value):
-    """float32 to the int32 of the same order: integer maxima are vectorised, those of floats (NaN) are not."""
-
-    def generate(context, builder, signature, arguments):
-        return _flip_negative(context, builder, _bits(context, builder, arguments[0]))
-
-    return types.int32(types.float32), generate
-
-
-@intrinsic
-def _value_of_order(typing_context, order):
-    def generate(context, builder, signature, arguments):
-        return _float(context, builder, _flip_negative(context, builder, arguments[0]))
-
-    return types.float32(types.int32), generate
-
-
-@jit
-def _exp32(x):
-    """exp(x) for float32 x in [-87, 87] to 2 ulp; NaN stays NaN (Cephes expf)."""
-    shifted = x * LOG2E + ROUND
-    n = shifted - ROUND
-    r = x - n * LN2_HIGH - n * LN2_LOW
-    p = P0 * r + P1
-    p = p * r + P2
-    p = p * r + P3
-    p = p * r + P4
-    p = p * r + P5
-    p = p * (r * r) + r + ONE
-    return p * _power_of_two(shifted)
-
-
-@jit_reordering  # the sum may be reordered, and so vectorised; _exp32 is compiled apart, without that freedom
-def _sum_block(row, high):
-    """Sum of exp(row - high) in float32."""
-    total = F(0.0)
-    for i in range(row.size):
-        x = load_number(row[i]) - high
-        total += _exp32(LOWEST if x < LOWEST else x)
-    return total
-
-
-@jit
-def _log_sum_exp32(row):
-    highest = _order(load_number(row[0]))
-    for i in range(row.size):
-        k = _order(load_number(row[i]))
-        highest = k if k > highest else highest
-    high = _value_of_order(highest)
-    if high == -np.inf:
-        return high
-    total = 0.0
-    for start in range(0, row.size, BLOCK):
-        total += _sum_block(row[start : start + BLOCK], high)
-    return F(high + math.log(total))
-
-
-@jit
-def _log_sum_exp64(row):
-    high = row[0]
-    for x in row:
-        high = x if x > high else high
-    if high == -np.inf:
-        return high
-    total = 0.0
-    for x in row:
-        total += math.exp(x - high)
-    return high + math.log(total)
-
-
-@jit
-def _softmax_row32(row, normalizer, taken, floor, out):
-    """out = softmax * taken, 0 where that is below floor in size."""
-    for i in range(row.size):
-        x = load_number(row[i]) - normalizer
-        y = _exp32(LOWEST if x < LOWEST else x) * taken
-        out[i] = F(0.0) if abs(y) <= floor else y
-
-
-@jit
-def _softmax_row64(row, normalizer, taken, floor, out):
-    for i in range(row.size):
-        y = math.exp(row[i] - normalizer) * taken
-        out[i] = 0.0 if abs(y) <= floor else y
-
-
-def _log_sum_exp(row):
-    """Of float64 or of other logits, chosen by type at compile time."""
-    raise NotImplementedError("compiled only")
-
-
-def _softmax_row(row, normalizer, taken, floor, out):
-    """Of float64 or of other logits, chosen by type at compile time."""
-    raise NotImplementedError("compiled only")
-
-
-@overload(_log_sum_exp)
-def _choose_log_sum_exp(row):
-    kernel = _log_sum_exp64 if row.dtype == types.float64 else _log_sum_exp32
-    return lambda row: kernel(row)
-
-
-@overload(_softmax_row)
-def _choose_softmax_row(row, normalizer, taken, floor, out):
-    kernel = _softmax_row64 if row.dtype == types.float64 else _softmax_row32
-    return lambda row, normalizer, taken, floor, out: kernel(row, normalizer, taken, floor, out)
 
 
 @jit
@@ -194,7 +52,7 @@ def gather_tiles(tiles, logits, targets, target_lens, blank, normalize, blank_lp
                 if u < tokens:
                     label_lp[b, t, u] = load_number(row[targets[b, u]])
                 if normalize:
-                    norm = _log_sum_exp(row)
+                    norm = log_sum_exp(row)
                     normalizer[b, t, u] = norm
                     blank_lp[b, t, u] -= norm
                     if u < tokens:
@@ -242,7 +100,7 @@ def gradient_tiles(
                     out[:] = 0
                     continue
                 if normalize:
-                    _softmax_row(logits[b, t, u], normalizer[b, t, u], taken, smallest, work)
+                    softmax_row(logits[b, t, u], normalizer[b, t, u], taken, smallest, work)
                 else:
                     work[:] = zero
                 work[blank] -= blanks
@@ -257,41 +115,9 @@ def gradient_tiles(
 
 
 @jit
-def _tanh_row(one, other, out):
-    """tanh(one + other), for bfloat16: 1e-7 off where it is near 0."""
-    for i in range(out.size):
-        x = load_number(one[i]) + load_number(other[i])
-        x = x + x
-        x = LOWEST if x < LOWEST else x
-        x = -LOWEST if x > -LOWEST else x
-        out[i] = store_number(ONE - TWO / (ONE + _exp32(x)), out[i])
-
-
-@jit
-def tanh_cells(ranges, enc, pred, rows, columns, hidden):
-    """hidden[n] = tanh(enc[rows[n]] + pred[columns[n]]) for cells [start, stop) of each range."""
-    for k in range(ranges.shape[0]):
-        for n in range(ranges[k, 0], ranges[k, 1]):
-            _tanh_row(enc[rows[n]], pred[columns[n]], hidden[n])
-
-
-@jit
-def gather_cells(ranges, logits, labels, blank, blank_lp, label_lp, normalizer):
-    """Cells [start, stop) of packed logits [N, V] for each range."""
-    for k in range(ranges.shape[0]):
-        for n in range(ranges[k, 0], ranges[k, 1]):
-            row = logits[n]
-            norm = _log_sum_exp(row)
-            normalizer[n] = norm
-            blank_lp[n] = load_number(row[blank]) - norm
-            if labels[n] >= 0:
-                label_lp[n] = load_number(row[labels[n]]) - norm
-
-
-@jit
 def _probability32(logit, normalizer, taken, floor):
     x = load_number(logit) - normalizer
-    y = _exp32(LOWEST if x < LOWEST else x) * taken
+    y = exp32(LOWEST if x < LOWEST else x) * taken
     return F(0.0) if abs(y) <= floor else y
 
 
@@ -344,39 +170,6 @@ def gradient_cells(
             if label >= 0:
                 total[label] -= labelled
                 out[label] = store_number(_probability(row[label], norm, taken, smallest) - labelled, out[label])
-
-
-@jit
-def _add_tanh_row(gradient, hidden, one, other):
-    """Chain rule through hidden = tanh(x), added to both terms of x."""
-    for i in range(gradient.size):
-        h = load_number(hidden[i])
-        g = load_number(gradient[i])
-        g -= g * h * h
-        one[i] += g
-        other[i] += g
-
-
-@jit
-def _add_relu_row(gradient, hidden, one, other, zero):
-    for i in range(gradient.size):
-        g = load_number(gradient[i]) if load_number(hidden[i]) > zero else zero
-        one[i] += g
-        other[i] += g
-
-
-@jit
-def add_cells(group, starts, gradient, hidden, rows, columns, tanh, enc_gradient, pred_gradient):
-    """Rows [starts[b], starts[b + 1]) of each utterance b of the group, added to their frame and their column."""
-    zero = enc_gradient.dtype.type(0)
-    for b in group:
-        for i in range(starts[b], starts[b + 1]):
-            one = enc_gradient[rows[i]]
-            other = pred_gradient[columns[i]]
-            if tanh:
-                _add_tanh_row(gradient[i], hidden[i], one, other)
-            else:
-                _add_relu_row(gradient[i], hidden[i], one, other, zero)
 
 
 def _tiles(lens: list[int], row: int) -> np.ndarray:
@@ -456,9 +249,11 @@ def hidden_packed(enc: Tensor, pred: Tensor, rows: Tensor, columns: Tensor, acti
         hidden = enc.new_empty(rows.shape[0], enc.shape[1])
         sources = [number_array(x.contiguous()) for x in (enc, pred)]
         ranges, target = _ranges(*hidden.shape), number_array(hidden)
+        at, under = rows.numpy(), columns.numpy()
 
         def run(group: np.ndarray) -> None:
-            tanh_cells(ranges[group], *sources, rows.numpy(), columns.numpy(), target)
+            for start, stop in ranges[group]:
+                hidden_rows(*sources, at[start:stop], under[start:stop], True, F(0), target[start:stop])
 
         run_groups(run, [int(e - s) * hidden.shape[1] for s, e in ranges], SMALL_PROBLEM)
         return hidden
@@ -473,11 +268,13 @@ def gather_packed(logits: Tensor, labels: Tensor, blank: int) -> tuple[Tensor, T
     """
     number = np.float64 if logits.dtype == torch.float64 else np.float32
     blank_lp, label_lp, normalizer = (np.zeros(logits.shape[0], number) for _ in range(3))
-    source, names = number_array(logits), labels.numpy()
+    source, names, at = number_array(logits), labels.numpy(), np.arange(logits.shape[0])
     ranges = _ranges(*logits.shape)
 
     def run(group: np.ndarray) -> None:
-        gather_cells(ranges[group], source, names, blank, blank_lp, label_lp, normalizer)
+        for start, stop in ranges[group]:
+            out = (x[start:stop] for x in (blank_lp, label_lp, normalizer))
+            gather_rows(source, at[start:stop], names[start:stop], blank, True, *out)
 
     run_groups(run, [int(e - s) * logits.shape[1] for s, e in ranges], SMALL_PROBLEM)
     return torch.from_numpy(blank_lp), torch.from_numpy(label_lp), torch.from_numpy(normalizer)
@@ -535,7 +332,10 @@ def add_packed(
     at, under = rows.numpy(), columns.numpy()
 
     def run(group: np.ndarray) -> None:
-        add_cells(group, bounds, source, values, at, under, activation == "tanh", enc_gradient, pred_gradient)
+        for b in group:
+            part = slice(bounds[b], bounds[b + 1])
+            cells = source[part], values[part], 0, at[part], under[part]
+            add_rows(*cells, activation == "tanh", enc_gradient, pred_gradient)
 
     run_groups(run, [int(n) * hidden.shape[1] for n in np.diff(bounds)], SMALL_PROBLEM)
     return torch.from_numpy(enc_gradient), torch.from_numpy(pred_gradient)

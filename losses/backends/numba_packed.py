@@ -1,180 +1,24 @@
-"""Normaliser, gather and gradient of packed logits [N, V] on CPU, and the activation before them: compiled loops.
-
-float32 and float64 as they are, bfloat16 through its bits; sums of float32 are kept in blocks and added in float64. Exp
-is a short polynomial here and not a library call, so that the compiler vectorises the loops.
-"""
+"""Kernels of packed logits [N, V] on CPU, and of the activation before them: compiled loops of numba_rows.py."""
 
 # Compiled code: an intrinsic is called without the context that its definition takes.
 # mypy: disable-error-code="call-arg, var-annotated"
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
-from numba import types
-from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from losses.backends import GRADIENT_FLOOR
-from losses.backends.numba_bfloat16 import load_number, number_array, store_number
-from losses.backends.threads import jit, jit_reordering, run_tasks, serial_torch
+from losses.backends.numba_bfloat16 import number_array, store_number
+from losses.backends.numba_rows import add_rows, gather_rows, hidden_rows, softmax_row
+from losses.backends.threads import jit, run_tasks, serial_torch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Bytes: a tile of hidden states and logits lies in a core's cache, a chunk of gradients by the logits in the
 # processor's. Short utterances are taken together up to GROUP; logits of a group are kept for the gradient up to CACHE.
 TILE, GROUP, CACHE, CHUNK = 2**20, 16 * 2**20, 40 * 2**20, 6 * 2**20
 LEAST_TILE = 128  # cells of a tile at least, for the matrix product's sake
-
-BLOCK = 256  # logits summed in their own precision before they are added in float64
-
-F = np.float32
-ROUND = F(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
-LOWEST = F(-87.0)  # exp of less is denormal
-LOG2E, LN2_HIGH, LN2_LOW = F(1.44269504), F(0.693359375), F(-2.12194440e-4)
-P0, P1, P2 = F(1.9875691500e-4), F(1.3981999507e-3), F(8.3334519073e-3)
-P3, P4, P5 = F(4.1665795894e-2), F(1.6666665459e-1), F(5.0000001201e-1)
-ONE, TWO = F(1.0), F(2.0)
-
-
-def _bits(context, builder, value):
-    """The bits of a float32."""
-    return builder.bitcast(value, context.get_value_type(types.int32))
-
-
-def _float(context, builder, bits):
-    return builder.bitcast(bits, context.get_value_type(types.float32))
-
-
-def _integer(context, value):
-    return context.get_constant(types.int32, value)
-
-
-def _flip_negative(context, builder, bits):
-    """Bits of a float32 to the integer of the same order, and back."""
-    sign = builder.ashr(bits, _integer(context, 31))
-    return builder.xor(bits, builder.and_(sign, _integer(context, 0x7FFFFFFF)))
-
-
-@intrinsic
-def _power_of_two(typing_context, shifted):
-    """2**n as float32, for shifted = n + ROUND."""
-
-    def generate(context, builder, signature, arguments):
-        n = builder.add(_bits(context, builder, arguments[0]), _integer(context, 127))
-        return _float(context, builder, builder.shl(n, _integer(context, 23)))
-
-    return types.float32(types.float32), generate
-
-
-@intrinsic
-def _order(typing_context, value):
-    """float32 to the int32 of the same order: integer maxima are vectorised, those of floats (NaN) are not."""
-
-    def generate(context, builder, signature, arguments):
-        return _flip_negative(context, builder, _bits(context, builder, arguments[0]))
-
-    return types.int32(types.float32), generate
-
-
-@intrinsic
-def _value_of_order(typing_context, order):
-    def generate(context, builder, signature, arguments):
-        return _float(context, builder, _flip_negative(context, builder, arguments[0]))
-
-    return types.float32(types.int32), generate
-
-
-@jit
-def _exp32(x):
-    """exp(x) for float32 x in [-87, 87] to 2 ulp; NaN stays NaN (Cephes expf)."""
-    shifted = x * LOG2E + ROUND
-    n = shifted - ROUND
-    r = x - n * LN2_HIGH - n * LN2_LOW
-    p = P0 * r + P1
-    p = p * r + P2
-    p = p * r + P3
-    p = p * r + P4
-    p = p * r + P5
-    p = p * (r * r) + r + ONE
-    return p * _power_of_two(shifted)
-
-
-@jit_reordering  # the sum may be reordered, and so vectorised; _exp32 is compiled apart, without that freedom
-def _sum_block(row, high):
-    """Sum of exp(row - high) in float32."""
-    total = F(0.0)
-    for i in range(row.size):
-        x = load_number(row[i]) - high
-        total += _exp32(LOWEST if x < LOWEST else x)
-    return total
-
-
-@jit
-def _log_sum_exp32(row):
-    highest = _order(load_number(row[0]))
-    for i in range(row.size):
-        k = _order(load_number(row[i]))
-        highest = k if k > highest else highest
-    high = _value_of_order(highest)
-    if high == -np.inf:
-        return high
-    total = 0.0
-    for start in range(0, row.size, BLOCK):
-        total += _sum_block(row[start : start + BLOCK], high)
-    return F(high + math.log(total))
-
-
-@jit
-def _log_sum_exp64(row):
-    high = row[0]
-    for x in row:
-        high = x if x > high else high
-    if high == -np.inf:
-        return high
-    total = 0.0
-    for x in row:
-        total += math.exp(x - high)
-    return high + math.log(total)
-
-
-@jit
-def _softmax_row32(row, normalizer, taken, floor, out):
-    """out = softmax * taken, 0 where that is below floor in size."""
-    for i in range(row.size):
-        x = load_number(row[i]) - normalizer
-        y = _exp32(LOWEST if x < LOWEST else x) * taken
-        out[i] = F(0.0) if abs(y) <= floor else y
-
-
-@jit
-def _softmax_row64(row, normalizer, taken, floor, out):
-    for i in range(row.size):
-        y = math.exp(row[i] - normalizer) * taken
-        out[i] = 0.0 if abs(y) <= floor else y
-
-
-def _log_sum_exp(row):
-    """Of float64 or of other logits, chosen by type at compile time."""
-    raise NotImplementedError("compiled only")
-
-
-def _softmax_row(row, normalizer, taken, floor, out):
-    """Of float64 or of other logits, chosen by type at compile time."""
-    raise NotImplementedError("compiled only")
-
-
-@overload(_log_sum_exp)
-def _choose_log_sum_exp(row):
-    kernel = _log_sum_exp64 if row.dtype == types.float64 else _log_sum_exp32
-    return lambda row: kernel(row)
-
-
-@overload(_softmax_row)
-def _choose_softmax_row(row, normalizer, taken, floor, out):
-    kernel = _softmax_row64 if row.dtype == types.float64 else _softmax_row32
-    return lambda row, normalizer, taken, floor, out: kernel(row, normalizer, taken, floor, out)
 
 
 @jit
@@ -185,64 +29,6 @@ def _finish_row(row, out, total):
     if total.size == row.size:
         for i in range(row.size):
             total[i] += row[i]
-
-
-def _tanh(x):
-    """Chosen by type at compile time; float32: 1e-7 off where it is near 0."""
-    raise NotImplementedError("compiled only")
-
-
-@jit
-def _tanh32(x):
-    x = x + x
-    x = LOWEST if x < LOWEST else x
-    x = -LOWEST if x > -LOWEST else x
-    return ONE - TWO / (ONE + _exp32(x))
-
-
-@jit
-def _tanh64(x):
-    return math.tanh(x)
-
-
-@overload(_tanh)
-def _choose_tanh(x):
-    kernel = _tanh64 if x == types.float64 else _tanh32
-    return lambda x: kernel(x)
-
-
-@jit
-def _tanh_row(one, other, out):
-    for i in range(out.size):
-        out[i] = store_number(_tanh(load_number(one[i]) + load_number(other[i])), out[i])
-
-
-@jit
-def _relu_row(one, other, out, zero):
-    for i in range(out.size):
-        x = load_number(one[i]) + load_number(other[i])
-        out[i] = store_number(zero if x < zero else x, out[i])  # NaN stays
-
-
-@jit
-def hidden_rows(enc, pred, rows, columns, tanh, zero, hidden):
-    for n in range(rows.size):
-        if tanh:
-            _tanh_row(enc[rows[n]], pred[columns[n]], hidden[n])
-        else:
-            _relu_row(enc[rows[n]], pred[columns[n]], hidden[n], zero)
-
-
-@jit
-def gather_rows(logits, at, labels, blank, normalize, blank_lp, label_lp, normalizer):
-    for n in range(at.size):
-        row = logits[at[n]]
-        norm = normalizer[n]
-        if normalize:
-            norm = _log_sum_exp(row)
-            normalizer[n] = norm
-        blank_lp[n] = load_number(row[blank]) - norm
-        label_lp[n] = load_number(row[labels[n]]) - norm if labels[n] >= 0 else norm - norm
 
 
 @jit
@@ -262,7 +48,7 @@ def gradient_rows(
             out[to[n]][:] = 0
             continue
         if normalize:
-            _softmax_row(logits[at[n]], normalizer[n], taken, abs(inner) * floor, work)
+            softmax_row(logits[at[n]], normalizer[n], taken, abs(inner) * floor, work)
         else:
             work[:] = zero
         work[blank] -= blanks
@@ -274,39 +60,6 @@ def gradient_rows(
                 x = clamp if x > clamp else x
                 work[i] = (-clamp if x < -clamp else x) * scale[n]
         _finish_row(work, out[to[n]], total)
-
-
-@jit
-def _add_tanh_row(gradient, hidden, one, other):
-    """Chain rule through hidden = tanh(x), added to both terms of x."""
-    for i in range(gradient.size):
-        h = load_number(hidden[i])
-        g = load_number(gradient[i])
-        g -= g * h * h
-        one[i] += g
-        other[i] += g
-
-
-@jit
-def _add_relu_row(gradient, hidden, one, other, zero):
-    for i in range(gradient.size):
-        g = load_number(gradient[i]) if load_number(hidden[i]) > zero else zero
-        one[i] += g
-        other[i] += g
-
-
-@jit
-def add_rows(gradient, hidden, first, rows, columns, tanh, enc_gradient, pred_gradient):
-    """gradient [N, W] of the columns first..first+W of hidden [N, J], added to those of each cell's row and column."""
-    zero = enc_gradient.dtype.type(0)
-    last = first + gradient.shape[1]
-    for n in range(rows.size):
-        one = enc_gradient[rows[n]][first:last]
-        other = pred_gradient[columns[n]][first:last]
-        if tanh:
-            _add_tanh_row(gradient[n], hidden[n][first:last], one, other)
-        else:
-            _add_relu_row(gradient[n], hidden[n][first:last], one, other, zero)
 
 
 parallel = serial_torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,3 +125,18 @@ def assert_close(actual: Tensor, expected: np.ndarray, tolerance: float = 1e-10)
         return
     error = np.abs(actual.detach().double().numpy() - expected).max()
     assert error <= tolerance * max(1.0, float(np.abs(expected).max())), f"off by {error}"
+
+
+def cells_by_enumeration(frames: int, tokens: int, topology: str) -> set[tuple[int, int]]:
+    """Cells (t, u) of all alignments."""
+    found = set()
+    choose = itertools.combinations if topology == "modified" else itertools.combinations_with_replacement
+    for at in choose(range(frames), tokens):
+        u = 0
+        for t in range(frames):
+            found.add((t, u))
+            for _ in range(at.count(t)):
+                u += 1
+                if topology == "regular":
+                    found.add((t, u))
+    return found

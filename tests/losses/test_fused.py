@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
 from losses import TransducerLossOptions, transducer_loss
 from losses.backends import BACKENDS, numba_packed, torch_packed
-from losses.cells import groups
-from losses.fused import OCCUPANCY_THRESHOLD, fused_loss
+from losses.cells import OCCUPANCY_THRESHOLD, groups
+from losses.fused import fused_loss
 from losses.shapes import Lengths, check_inputs
-from tests.losses.problems import CASES, Problem, assert_close, make
-
-
-def cells_by_enumeration(frames: int, tokens: int, topology: str) -> set[tuple[int, int]]:
-    """Cells (t, u) of all alignments."""
-    found = set()
-    choose = itertools.combinations if topology == "modified" else itertools.combinations_with_replacement
-    for at in choose(range(frames), tokens):
-        u = 0
-        for t in range(frames):
-            found.add((t, u))
-            for _ in range(at.count(t)):
-                u += 1
-                if topology == "regular":
-                    found.add((t, u))
-    return found
+from tests.losses.problems import CASES, Problem, assert_close, cells_by_enumeration, make
 
 
 @pytest.mark.parametrize("room", [1, 12, 1000])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -12,25 +11,12 @@ import pytest
 import torch
 
 from losses import packed, transducer_loss
-from losses.packed import OCCUPANCY_FLOOR, reachable_cells
+from losses.cells import OCCUPANCY_THRESHOLD
+from losses.packed import reachable_cells
 from losses.shapes import Lengths
+from tests.losses.problems import cells_by_enumeration
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def cells_by_enumeration(frames: int, tokens: int, topology: str) -> set[tuple[int, int]]:
-    """Cells (t, u) of all alignments."""
-    found = set()
-    choose = itertools.combinations if topology == "modified" else itertools.combinations_with_replacement
-    for at in choose(range(frames), tokens):
-        u = 0
-        for t in range(frames):
-            found.add((t, u))
-            for _ in range(at.count(t)):
-                u += 1
-                if topology == "regular":
-                    found.add((t, u))
-    return found
 
 
 @pytest.mark.parametrize("topology", ["regular", "modified"])
@@ -64,7 +50,7 @@ def test_bfloat16_gradients_without_rare_cells(topology: str, activation: str) -
         inputs = [x.to(dtype).requires_grad_() for x in sources]
         transducer_loss(*inputs, targets, *lens, activation=activation, topology=topology).loss.backward()
         gradients.append([x.grad.double() for x in inputs])
-    assert OCCUPANCY_FLOOR[torch.float64] == 0
+    assert OCCUPANCY_THRESHOLD[torch.float64] == 0
     for exact, found in zip(*gradients, strict=True):
         assert (found - exact).norm() < 0.02 * exact.norm()
 

@@ -8,15 +8,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from losses import backends, batched, fused, samplewise, shapes
+from losses import backends, batched, fused, pruned, samplewise, shapes
 from losses.options import TransducerLossOptions
+from losses.result import MethodLoss
+from losses.simple import check_prune_range
 
-# name -> function(enc, pred, weight, bias, targets, lengths, *, activation, topology, blank, options, shared_upstream)
-# -> loss [B]. shared_upstream says that all utterances will get the same upstream gradient.
-LOSSES: dict[str, Callable[..., Tensor]] = {
+# name -> function(enc, pred, weight, bias, targets, lengths, *, activation, topology, blank, options, shared_upstream),
+# with simple for those of USE_SIMPLE. shared_upstream says that all utterances will get the same upstream gradient.
+LOSSES: dict[str, Callable[..., MethodLoss]] = {
     "batched": batched.batched_loss,
     "samplewise": samplewise.samplewise_loss,
     "fused": fused.fused_loss,
+    "pruned": pruned.pruned_loss,
+}
+USE_SIMPLE = ("pruned",)
+
+# What no paper defines together: (method or topology, option) -> why. The option counts when it is not at its default.
+REFUSED = {
+    ("pruned", "fastemit_lambda"): "FastEmit is defined on the whole lattice (Yu et al. 2021)",
+    ("pruned", "alignment_power"): "the bounds follow the sum over alignments (Kuang et al. 2022)",
+    ("pruned", "clamp"): "the gradient of two joiners has no common limit",
+    (
+        "constrained",
+        "fastemit_lambda",
+    ): "each label brings a blank, of which FastEmit knows nothing",
 }
 
 
@@ -24,13 +39,24 @@ class TransducerLossOutput(NamedTuple):
     """What `transducer_loss` returns.
 
     loss: [B] for reduction "none", else a scalar; float64 for float64 inputs, else float32.
-    simple_loss: the loss of a trivial joiner, for methods that have one, else None.
-    info: "method", "topology", "cells" (lattice cells, sum of T_i * (U_i+1)) and "utterance_loss", [B], detached.
+    simple_loss: the loss of the trivial joiner, reduced likewise, for method "pruned", else None.
+    info: "method", "topology", "cells" (lattice cells, sum of T_i * (U_i+1)) and "utterance_loss", [B], detached;
+        "kept_cells", those with a gradient that counts, of "fused" and "pruned"; "bounds" [B, T], the first column that
+        each frame keeps, and "prune_range" of "pruned".
     """
 
     loss: Tensor
     simple_loss: Tensor | None
     info: dict[str, Any]
+
+
+def check_combination(method: str, topology: str, options: TransducerLossOptions) -> None:
+    """Refuse options that are not defined for the method or topology."""
+    for (name, option), why in REFUSED.items():
+        value = getattr(options, option)
+        if name in (method, topology) and value != getattr(TransducerLossOptions, option):
+            kind = "method" if name == method else "topology"
+            raise ValueError(f"{option}={value} is not defined for {kind} {name!r}: {why}; leave it at its default")
 
 
 def reduce(loss: Tensor, target_lens: list[int], reduction: str) -> Tensor:
@@ -57,7 +83,7 @@ def transducer_loss(
     enc_lens: Tensor,
     target_lens: Tensor,
     *,
-    method: str = "batched",
+    method: str = "fused",
     activation: str = "tanh",
     topology: str = "regular",
     simple: tuple[Tensor, Tensor] | None = None,
@@ -65,6 +91,7 @@ def transducer_loss(
     reduction: str = "mean",
     memory_limit: str | int | None = None,
     options: TransducerLossOptions | None = None,
+    check_values: bool | None = None,
 ) -> TransducerLossOutput:
     """Transducer loss (Graves 2012) of the joiner logits(t, u) = activation(enc[t] + pred[u]) @ weight.T + bias.
 
@@ -75,22 +102,26 @@ def transducer_loss(
         weight: [V, J].  bias: [V] or None.
         targets: [B, U] int32 or int64, token ids in 0..V-1 other than blank; padded with anything.
         enc_lens: [B] int32 or int64, frames, 1..T.  target_lens: [B] int32 or int64, tokens, 0..U. Both on any device.
-        method: a name of LOSSES: "batched" (all logits at once), "samplewise" (utterance by utterance) or "fused"
-            (tiles of reachable cells, never all logits).
+        method: a name of LOSSES: "batched" (all logits at once), "samplewise" (utterance by utterance; Braun et al.
+            2022), "fused" (tiles of reachable cells, never all logits) or "pruned" (options.prune_range columns of each
+            frame; Kuang et al. 2022). The first three give the same value.
         activation: "tanh" or "relu".
-        topology: "regular" (Graves 2012) or "modified" (one symbol a frame; target_lens[i] <= enc_lens[i]).
-        simple: logits of a trivial joiner, ([B, T, V], [B, U+1, V]); only for methods that use one: none so far.
+        topology: "regular" (Graves 2012), "modified" or "constrained" (one symbol a frame; target_lens[i] <=
+            enc_lens[i]), see losses/lattice.py.
+        simple: logits (am [B, T, V], lm [B, U+1, V]) of the trivial joiner am[t] + lm[u]; "pruned" needs them, others
+            refuse them.
         blank: id of blank; negative ids count from the end.
         reduction: "none", "sum", "mean" (over utterances) or "mean-per-token" (sum / sum of target_lens).
         memory_limit: only for methods that can keep to one: none so far.
         options: see TransducerLossOptions.
+        check_values: refuse tokens outside of the vocabulary and input that is not finite; None: on CPU. Without it
+            they make the loss of that utterance NaN or inf, and of no other.
 
     Returns:
         TransducerLossOutput. The loss is accumulated in float64; under autocast only the joiner's matrix product is
         cast.
 
-    Padding of every input may hold anything, NaN included, and gets a zero gradient. An utterance with NaN within
-    its lengths gets a non-finite loss, and no other does. B=0 gives 0.
+    Padding of every input may hold anything, NaN included, and gets a zero gradient. B=0 gives 0.
 
     Raises:
         ValueError: for wrong shapes, dtypes, devices, lengths, tokens or names; says which, the value, the limit, the
@@ -100,8 +131,8 @@ def transducer_loss(
     shapes.check_choice("method", method, tuple(LOSSES))
     shapes.check_choice("activation", activation, batched.ACTIVATIONS)
     shapes.check_choice("reduction", reduction, shapes.REDUCTIONS)
-    if simple is not None:
-        raise ValueError(f"simple is not used by method {method!r}; pass simple=None")
+    options = options or TransducerLossOptions()
+    check_combination(method, topology, options)
     if memory_limit is not None:
         raise ValueError(
             f"memory_limit={memory_limit!r} cannot be kept by method {method!r}; "
@@ -110,11 +141,21 @@ def transducer_loss(
     lengths, blank = shapes.check_inputs(
         enc, pred, weight, bias, targets, enc_lens, target_lens, topology=topology, blank=blank
     )
-    options = options or TransducerLossOptions()
+    shapes.check_simple(simple, method, method in USE_SIMPLE, enc, weight, targets)
+    if method in USE_SIMPLE:
+        check_prune_range(lengths, options.prune_range, topology)
+    wrong = None
+    if enc.device.type == "cpu" if check_values is None else check_values:
+        shapes.check_targets(targets, lengths.target, weight.shape[0], blank)
+        shapes.check_finite(enc, pred, weight, bias, simple, lengths)
+    else:
+        targets, wrong = shapes.safe_targets(targets, lengths, weight.shape[0], blank)
     if not torch.is_grad_enabled():  # inside of an autograd.Function gradients look wanted all the same
         enc, pred, weight = enc.detach(), pred.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
-    loss = LOSSES[method](
+        simple = None if simple is None else (simple[0].detach(), simple[1].detach())
+    more = {} if simple is None else {"simple": simple}
+    found = LOSSES[method](
         enc,
         pred,
         weight,
@@ -126,9 +167,16 @@ def transducer_loss(
         blank=blank,
         options=options,
         shared_upstream=reduction != "none",
+        **more,
     )
+    losses = [found.loss, found.simple_loss]
+    if wrong is not None:
+        losses = [None if x is None else x.masked_fill(wrong, torch.nan) for x in losses]
+    loss, simple_loss = losses
+    assert loss is not None
     info = {"method": method, "topology": topology, "cells": lengths.cells, "utterance_loss": loss.detach()}
-    return TransducerLossOutput(reduce(loss, lengths.target, reduction), None, info)
+    reduced = None if simple_loss is None else reduce(simple_loss, lengths.target, reduction)
+    return TransducerLossOutput(reduce(loss, lengths.target, reduction), reduced, {**info, **found.found})
 
 
 def rnnt_loss(
@@ -161,9 +209,8 @@ def rnnt_loss(
     """
     shapes.check_choice("reduction", reduction, ("none", "mean", "sum"))
     lengths, blank = shapes.check_logits(logits, targets, logit_lengths, target_lengths, blank=blank)
-    loss = batched.logits_loss(
-        logits, targets, lengths, blank=blank, clamp=max(float(clamp), 0.0), normalize=fused_log_softmax
-    )
+    options = TransducerLossOptions(clamp=max(float(clamp), 0.0))
+    loss = batched.logits_loss(logits, targets, lengths, blank=blank, options=options, normalize=fused_log_softmax)
     return reduce(loss, lengths.target, reduction)
 
 

@@ -1,5 +1,5 @@
 """Method "batched": the logits of the whole batch at once, [B, T, U+1, V]. Simple and exact; memory grows with T * U *
-V. On CPU only the cells that an alignment can reach are computed, see losses/packed.py.
+V.
 
 `logits_loss` is one autograd.Function from logits to the loss of each utterance. With p = softmax(logits), b and l the
 occupancies of a cell's blank and label transition (losses/lattice.py), the gradient of -log P by the logits of that
@@ -16,27 +16,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losses import backends, lattice, packed
+from losses import backends, lattice
 from losses.options import TransducerLossOptions
-from losses.shapes import Lengths, product_dtype
+from losses.result import MethodLoss
+from losses.shapes import Lengths
 
 ACTIVATIONS = ("tanh", "relu")
 
 
 class _LogitsLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, source, targets, lengths, blank, topology, options, clamp, normalize, backend):
+    def forward(ctx, source, targets, lengths, blank, topology, options, normalize):
         logits = source.detach()
-        kernels = backends.load("logits", backend, logits.device, logits.dtype)
+        kernels = backends.load("logits", options.backend, logits.device, logits.dtype)
         with torch.autocast(logits.device.type, enabled=False):
             blank_lp, label_lp, normalizer = kernels.gather(logits, targets, lengths, blank, normalize)
             wanted = ctx.needs_input_grad[0]
             nll, blank_occ, label_occ = lattice.regularized(
-                blank_lp, label_lp, lengths, topology, options, backend=backend, occupancies=wanted
+                blank_lp, label_lp, lengths, topology, options, occupancies=wanted
             )
         if wanted:
             ctx.save_for_backward(source, targets, normalizer, blank_occ, label_occ)
-            ctx.kernels, ctx.lengths, ctx.blank, ctx.clamp = kernels, lengths, blank, clamp
+            ctx.kernels, ctx.lengths, ctx.blank, ctx.clamp = kernels, lengths, blank, options.clamp
         return nll.to(blank_lp.dtype)
 
     @staticmethod
@@ -48,7 +49,7 @@ class _LogitsLoss(torch.autograd.Function):
             )
         if torch.is_grad_enabled():
             gradient = lattice.RefuseDoubleBackward.apply(gradient, logits, upstream)
-        return gradient, *[None] * 8
+        return gradient, *[None] * 6
 
 
 def logits_loss(
@@ -59,17 +60,15 @@ def logits_loss(
     blank: int,
     topology: str = "regular",
     options: TransducerLossOptions | None = None,
-    clamp: float = 0.0,
     normalize: bool = True,
-    backend: str | None = None,
 ) -> Tensor:
     """-log P of each utterance [B] from checked logits [B, T, U+1, V]; float64 for float64 logits, else float32.
 
-    clamp > 0 limits each entry of the gradient by the logits to [-clamp, clamp] before the upstream gradient is
-    applied. normalize=False takes logits for log-probs and returns the gradient by those.
+    normalize=False takes logits for log-probs and returns the gradient by those.
     """
-    arguments = (lengths, blank, topology, options or TransducerLossOptions(), clamp, normalize, backend)
-    return _LogitsLoss.apply(logits, targets.long(), *arguments)
+    return _LogitsLoss.apply(
+        logits, targets.long(), lengths, blank, topology, options or TransducerLossOptions(), normalize
+    )
 
 
 def batched_loss(
@@ -85,16 +84,11 @@ def batched_loss(
     blank: int,
     options: TransducerLossOptions,
     shared_upstream: bool = False,
-) -> Tensor:
-    """-log P of each utterance [B] from checked inputs: the joiner over all cells, then `logits_loss`.
+) -> MethodLoss:
+    """-log P of each utterance from checked inputs: the joiner over all cells, then `logits_loss`.
 
     shared_upstream makes no difference here.
     """
-    if enc.device.type == "cpu" and torch.float16 not in (enc.dtype, product_dtype(enc, pred)):
-        return packed.packed_loss(
-            enc, pred, weight, bias, targets, lengths,
-            activation=activation, topology=topology, blank=blank, options=options,
-        )  # fmt: skip
     # Zeros in the padding: else a NaN there would meet the gradient's 0 in the weight's matrix product, and 0 * NaN is
     # NaN.
     enc = enc.masked_fill(_padding(lengths.enc, enc), 0.0)
@@ -102,7 +96,7 @@ def batched_loss(
     hidden = enc[:, :, None] + pred[:, None]
     hidden = hidden.tanh_() if activation == "tanh" else hidden.relu_()
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    return logits_loss(logits, targets, lengths, blank=blank, topology=topology, options=options)
+    return MethodLoss(logits_loss(logits, targets, lengths, blank=blank, topology=topology, options=options))
 
 
 def _padding(lens: list[int], like: Tensor) -> Tensor:

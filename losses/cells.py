@@ -1,7 +1,8 @@
-"""Which cells of the lattice the fused loss computes, packed one after another, and in what groups."""
+"""Which cells of the lattice the fused and the pruned loss compute, packed one after another, and in what groups."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -32,20 +33,38 @@ class Group(NamedTuple):
     likely: int
 
 
-def reachable(lengths: Lengths, frames: int, columns: int, topology: str) -> np.ndarray:
-    """Index, in order, of the cells of padded lattices [B, frames, columns] that lie on some complete alignment."""
+class Bounds(NamedTuple):
+    """Cells that pruning leaves (Kuang et al. 2022, sec. 3.3): frame t of utterance b has the columns first[b, t] to
+    first[b, t] + size - 1. first int64 [B, T] on the host."""
+
+    first: np.ndarray
+    size: int
+
+
+def reachable(
+    lengths: Lengths, frames: int, columns: int, topology: str, first: np.ndarray | None = None, size: int = 0
+) -> np.ndarray:
+    """Index, in order, of the cells of padded lattices [B, frames, columns] that some complete alignment passes.
+
+    first [B, frames], size: only those within bounds.
+    """
     enc_lens = np.array(lengths.enc, dtype=np.int64)[:, None, None]
     target_lens = np.array(lengths.target, dtype=np.int64)[:, None, None]
     t, u = np.arange(frames)[:, None], np.arange(columns)
     cells = (t < enc_lens) & (u <= target_lens)
-    if topology == "modified":
-        cells &= (u <= t) & (target_lens - u <= enc_lens - t)
+    if topology != "regular":
+        passed = (u <= t) & (target_lens - u <= enc_lens - t)
+        if topology == "constrained":  # the blank after a label is in the same frame
+            passed |= (u >= 1) & (u <= t + 1) & (target_lens - u < enc_lens - t)
+        cells &= passed
+    if first is not None:
+        cells &= (u >= first[:, :, None]) & (u < first[:, :, None] + size)
     return np.flatnonzero(cells)
 
 
 def spread(values: Tensor, at: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Packed values [N] at their cells, 0 elsewhere."""
-    out = values.new_zeros(shape)
+    """Packed log-probs [N] at their cells, log 0 elsewhere."""
+    out = values.new_full(shape, -torch.inf)
     out.view(-1)[at] = values
     return out
 
@@ -62,9 +81,17 @@ def _diagonal_first(at: np.ndarray, frames: int, tokens: int, columns: int, coun
 
 
 def groups(
-    lengths: Lengths, frames: int, columns: int, topology: str, most: int, room: int, device: torch.device
-) -> list[Group]:
-    """A batch [B, frames, columns] in groups of at most `most` cells, or of one utterance.
+    lengths: Lengths,
+    frames: int,
+    columns: int,
+    topology: str,
+    most: int,
+    room: int,
+    device: torch.device,
+    bounds: Bounds | None = None,
+) -> Iterator[Group]:
+    """A batch [B, frames, columns] in groups of at most `most` cells, or of one utterance; one at a time, since the
+    indices of all would be larger than the lattices.
 
     Utterances of equal length come together, so that the padded lattices of a group are small. room >= most: cells that
     are marked as likely.
@@ -73,22 +100,31 @@ def groups(
     chosen: list[list[int]] = []
     cells = 0
     for b in order:
-        size = lengths.enc[b] * (lengths.target[b] + 1)
+        size = lengths.enc[b] * min(lengths.target[b] + 1, bounds.size if bounds else columns)
         if chosen and cells + size <= most:
             chosen[-1].append(b)
             cells += size
         else:
             chosen.append([b])
             cells = size
-    return [_group(numbers, lengths, frames, columns, topology, room, device) for numbers in chosen]
+    for numbers in chosen:
+        yield _group(numbers, lengths, frames, columns, topology, room, device, bounds)
 
 
 def _group(
-    numbers: list[int], lengths: Lengths, frames: int, columns: int, topology: str, room: int, device: torch.device
+    numbers: list[int],
+    lengths: Lengths,
+    frames: int,
+    columns: int,
+    topology: str,
+    room: int,
+    device: torch.device,
+    bounds: Bounds | None,
 ) -> Group:
     own = Lengths([lengths.enc[b] for b in numbers], [lengths.target[b] for b in numbers])
     shape = len(numbers), max(own.enc), max(own.target) + 1
-    at = reachable(own, *shape[1:], topology)
+    pruned = (bounds.first[numbers, : shape[1]], bounds.size) if bounds else ()
+    at = reachable(own, *shape[1:], topology, *pruned)
     if at.size > room and len(numbers) == 1:
         at = _diagonal_first(at, own.enc[0], own.target[0], shape[2], room)
     t, u = at // shape[2] % shape[1], at % shape[2]

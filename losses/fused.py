@@ -11,7 +11,8 @@ the gradient by the logits
 and go into the gradients of encoder output, predictor output, weight and bias at once, which are summed in float32 (or
 float64).
 
-Cells that no alignment reaches are not computed at all: padding, and in "modified" two corners of the lattice.
+Cells that no alignment reaches are not computed at all: padding, two corners of the lattice in "modified", and what
+pruning leaves out.
 
 When. Where all utterances will get the same upstream gradient (every reduction but "none"), the gradients are computed
 in the forward pass for an upstream gradient of 1 and scaled in the backward pass, so that the logits of the cells
@@ -22,6 +23,7 @@ upstream gradient is applied to each utterance's before sums over utterances.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,8 +31,9 @@ import torch
 from torch import Tensor
 
 from losses import backends, lattice
-from losses.cells import OCCUPANCY_THRESHOLD, Group, groups, next_labels, spread
+from losses.cells import OCCUPANCY_THRESHOLD, Bounds, Group, groups, next_labels, spread
 from losses.options import TransducerLossOptions
+from losses.result import MethodLoss
 from losses.shapes import Lengths, product_dtype
 
 # Rows of matrix products are filled up to a multiple: oneDNN compiles code for each shape that it meets, and keeps it.
@@ -47,7 +50,7 @@ class Settings(NamedTuple):
     blank: int
     options: TransducerLossOptions
     shared_upstream: bool
-    backend: str | None
+    bounds: Bounds | None = None
 
 
 class Kept(NamedTuple):
@@ -86,7 +89,7 @@ class Joint:
     """One batch: its joiner, cell by cell."""
 
     def __init__(self, enc, pred, weight, bias, targets, dtype: torch.dtype, settings: Settings) -> None:
-        self.kernels: Any = backends.load("packed", settings.backend, enc.device, dtype)
+        self.kernels: Any = backends.load("packed", settings.options.backend, enc.device, dtype)
         self.settings, self.dtype = settings, dtype
         self.enc, self.pred = (x.detach().reshape(-1, x.shape[2]).contiguous() for x in (enc, pred))
         self.weight = weight.detach().to(dtype).contiguous()
@@ -115,11 +118,12 @@ class Joint:
         sizes = self.enc.shape[0], self.pred.shape[0], self.vocab_size, self.dim
         return Sums(sizes, wanted, self.enc.new_empty(0, dtype=self.sum_dtype))
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> Iterator[Group]:
         """The batch in groups whose logits, all or those nearest the diagonal, fit the cache."""
         size, settings = self._cells_in(self.kernels.GROUP, self.vocab_size), self.settings
         topology, device = settings.topology, self.enc.device
-        return groups(settings.lengths, self.frames, self.columns, topology, min(size, self.room), self.room, device)
+        most, room = min(size, self.room), self.room
+        return groups(settings.lengths, self.frames, self.columns, topology, most, room, device, settings.bounds)
 
     def cache(self) -> Tensor:
         """[C, V], for the logits of the first cells of each group."""
@@ -193,8 +197,9 @@ class Joint:
                 at = torch.arange(rows.shape[0], device=rows.device)
             labels, *numbers = rest
             by_bias[i] = self.kernels.gradient(
-                logits, at, labels, self.settings.blank, *numbers, scale[part], by_logits[part]
-            )
+                logits, at, labels, self.settings.blank, *numbers, scale[part], self.settings.options.clamp,
+                by_logits[part],
+            )  # fmt: skip
 
         def by_states(columns: slice) -> None:
             weight = self.weight[:, columns]
@@ -240,14 +245,15 @@ def _keep(occupied: list[Tensor], group: Group, labels: Tensor, normalizer: Tens
     return Kept(chosen, group.rows, group.columns, labels, normalizer, blank_occ, label_occ)
 
 
-def _forward(joint: Joint, sums: Sums | None, wanted: bool, threads: int) -> tuple[Tensor, Kept | None]:
-    """Loss [B]; adds the gradients to sums, or without them returns the cells that have one."""
+def _forward(joint: Joint, sums: Sums | None, wanted: bool, threads: int) -> tuple[Tensor, int, Kept | None]:
+    """Loss [B] and number of cells that have a gradient; adds the gradients to sums, or without them returns those
+    cells."""
     settings = joint.settings
     threshold = settings.options.occupancy_threshold
     if threshold is None:
         threshold = OCCUPANCY_THRESHOLD[joint.dtype]
     loss = joint.enc.new_zeros(len(settings.lengths.enc), dtype=joint.sum_dtype)
-    waiting = []
+    waiting, count = [], 0
     for group in joint.groups():
         likely = 0 if sums is None else group.likely
         cache = joint.cache() if likely else None
@@ -258,13 +264,13 @@ def _forward(joint: Joint, sums: Sums | None, wanted: bool, threads: int) -> tup
             group.lengths,
             settings.topology,
             settings.options,
-            backend=settings.backend,
             occupancies=wanted,
         )
         loss[group.utterances] = nll.to(loss.dtype)
         if not wanted:
             continue
         found = _keep([x for x in occupied if x is not None], group, labels, normalizer, threshold)
+        count += found.at.shape[0]
         cells = Kept(found.at, *(x.index_select(0, found.at) for x in found[1:]))
         if sums is None:
             waiting.append(cells._replace(at=cells.at[:0]))
@@ -273,38 +279,31 @@ def _forward(joint: Joint, sums: Sums | None, wanted: bool, threads: int) -> tup
         joint.add_gradients(cells.part(slice(0, cached)), cache, None, sums, threads)
         joint.add_gradients(cells.part(slice(cached, None)), None, None, sums, threads)
     if sums is not None or not waiting:
-        return loss, None
-    return loss, Kept(*(torch.cat(x) for x in zip(*waiting, strict=True)))
+        return loss, count, None
+    return loss, count, Kept(*(torch.cat(x) for x in zip(*waiting, strict=True)))
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, enc, pred, weight, bias, targets, settings):
-        dtype = product_dtype(enc, pred)
-        wanted = tuple(ctx.needs_input_grad[:4])
-        with torch.autocast(enc.device.type, enabled=False):
-            joint = Joint(enc, pred, weight, bias, targets, dtype, settings)
-            sums = joint.sums(wanted) if settings.shared_upstream and any(wanted) else None
-            with joint.kernels.parallel() as threads:
-                loss, kept = _forward(joint, sums, any(wanted), threads)
-        ctx.settings, ctx.dtype = settings, dtype
-        if sums is not None:
-            ctx.save_for_backward(enc, pred, weight, bias, sums.enc, sums.pred, sums.weight, sums.bias)
-        elif any(wanted):
-            ctx.save_for_backward(enc, pred, weight, bias, targets, *(kept or ()))
-        return loss
+        ctx.settings, ctx.dtype = settings, product_dtype(enc, pred)
+        ctx.wanted = tuple(ctx.needs_input_grad[:4])
+        at_once = settings.shared_upstream and any(ctx.wanted)
+        sources = (enc, pred, weight, bias, targets)
+        loss, count, ctx.sums, kept = _loss(sources, ctx.dtype, settings, ctx.wanted, at_once)
+        if any(ctx.wanted):
+            ctx.save_for_backward(*sources, *(kept or ()))
+        kept_cells = torch.tensor(count)
+        ctx.mark_non_differentiable(kept_cells)
+        return loss, kept_cells
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, upstream, _):
         sources = ctx.saved_tensors[:4]
-        with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
-            if ctx.settings.shared_upstream:
-                gradients = lattice.scaled(ctx.saved_tensors[4:], upstream)
-            else:
-                gradients = _gradients(ctx, upstream)
+        with torch.no_grad():
             gradients = [
                 g.view_as(x).to(x.dtype) if wanted and g is not None else None
-                for g, x, wanted in zip(gradients, sources, ctx.needs_input_grad, strict=False)
+                for g, x, wanted in zip(_gradients(ctx, upstream), sources, ctx.wanted, strict=True)
             ]
         if torch.is_grad_enabled():
             tied = [x for x in (*sources, upstream) if x is not None]
@@ -312,13 +311,35 @@ class _FusedLoss(torch.autograd.Function):
         return *gradients, None, None
 
 
-def _gradients(ctx, upstream: Tensor) -> list[Tensor | None]:
-    enc, pred, weight, bias, targets, *kept = ctx.saved_tensors
-    joint = Joint(enc, pred, weight, bias, targets, ctx.dtype, ctx.settings)
-    sums = joint.sums(tuple(ctx.needs_input_grad[:4]))
-    if kept:
+def _loss(
+    sources: Any, dtype: torch.dtype, settings: Settings, wanted: tuple[bool, bool, bool, bool], at_once: bool
+) -> tuple[Tensor, int, Sums | None, Kept | None]:
+    """Loss [B], number of cells with a gradient, and the gradients for an upstream gradient of 1 or those cells."""
+    with torch.autocast(sources[0].device.type, enabled=False):
+        joint = Joint(*sources, dtype, settings)
+        sums = joint.sums(wanted) if at_once else None
         with joint.kernels.parallel() as threads:
-            joint.add_gradients(Kept(*kept), None, upstream, sums, threads)
+            loss, count, kept = _forward(joint, sums, any(wanted), threads)
+    return loss, count, sums, kept
+
+
+def _gradients(ctx, upstream: Tensor) -> list[Tensor | None]:
+    """By enc, pred, weight and bias."""
+    sources: Any = ctx.saved_tensors[:5]
+    if ctx.settings.shared_upstream:
+        # scaled in place, a copy of enc's gradient may be gigabytes: a second backward pass has to compute them anew
+        sums, ctx.sums = ctx.sums, None
+        if sums is None:
+            sums = _loss(sources, ctx.dtype, ctx.settings, ctx.wanted, True)[2]
+        assert sums is not None
+        return lattice.scale_([sums.enc, sums.pred, sums.weight, sums.bias], upstream)
+    kept = ctx.saved_tensors[5:]
+    with torch.autocast(upstream.device.type, enabled=False):
+        joint = Joint(*sources, ctx.dtype, ctx.settings)
+        sums = joint.sums(ctx.wanted)
+        if kept:
+            with joint.kernels.parallel() as threads:
+                joint.add_gradients(Kept(*kept), None, upstream, sums, threads)
     return [sums.enc, sums.pred, sums.weight, sums.bias]
 
 
@@ -335,12 +356,13 @@ def fused_loss(
     blank: int,
     options: TransducerLossOptions,
     shared_upstream: bool = False,
-    backend: str | None = None,
-) -> Tensor:
-    """-log P of each utterance [B] from checked inputs.
+    bounds: Bounds | None = None,
+) -> MethodLoss:
+    """-log P of each utterance from checked inputs, and "kept_cells", the number of cells that have a gradient.
 
-    shared_upstream: all utterances will get the same upstream gradient; it is not checked. backend: a name of BACKENDS;
-    None takes numba on CPU (float16: torch) and torch elsewhere.
+    shared_upstream: all utterances will get the same upstream gradient; it is not checked. bounds: only these cells
+    are part of the lattice.
     """
-    settings = Settings(lengths, activation, topology, blank, options, shared_upstream, backend)
-    return _FusedLoss.apply(enc, pred, weight, bias, targets.long(), settings)
+    settings = Settings(lengths, activation, topology, blank, options, shared_upstream, bounds)
+    loss, kept_cells = _FusedLoss.apply(enc, pred, weight, bias, targets.long(), settings)
+    return MethodLoss(loss, None, {"kept_cells": int(kept_cells)})

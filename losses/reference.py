@@ -46,13 +46,17 @@ def log_add(a: float, b: float) -> float:
     return max(a, b) + math.log1p(math.exp(-abs(a - b)))
 
 
+# frames that a label takes
+STEP = {"regular": 0, "modified": 1, "constrained": 1}
+
+
 def arcs(frames: int, tokens: int, topology: str) -> Iterator[Arc]:
     """Transitions in an order in which every node is complete before it is left. Start (0, 0), end (frames, tokens).
 
-    regular: label keeps the frame, and the end is reached by a blank from (frames - 1, tokens). modified: label also
-    takes the frame.
+    regular: label keeps the frame, and the end is reached by a blank from (frames - 1, tokens). modified, constrained:
+    label also takes the frame.
     """
-    step = {"regular": 0, "modified": 1}[topology]
+    step = STEP[topology]
     for t in range(frames):
         for u in range(tokens + 1):
             yield Arc(t, u, t + 1, u, False)
@@ -68,18 +72,28 @@ def lattice(blank: Array, label: Array, topology: str = "regular") -> tuple[floa
     beta = np.full((frames + 1, columns), -math.inf)
     alpha[0, 0] = 0.0
     beta[frames, columns - 1] = 0.0
+
+    def score(arc: Arc) -> float:
+        if not arc.is_label:
+            return float(blank[arc.t, arc.u])
+        # constrained: a label is followed by the blank of the next column in the same frame
+        return float(label[arc.t, arc.u] + (blank[arc.t, arc.u + 1] if topology == "constrained" else 0.0))
+
     # No arc leaves the nodes (frames, u < U), so that the last blank counts from u = U only.
     for arc in path:
-        lp = label[arc.t, arc.u] if arc.is_label else blank[arc.t, arc.u]
-        alpha[arc.to_t, arc.to_u] = log_add(alpha[arc.to_t, arc.to_u], alpha[arc.t, arc.u] + lp)
+        alpha[arc.to_t, arc.to_u] = log_add(alpha[arc.to_t, arc.to_u], alpha[arc.t, arc.u] + score(arc))
     for arc in reversed(path):
-        lp = label[arc.t, arc.u] if arc.is_label else blank[arc.t, arc.u]
-        beta[arc.t, arc.u] = log_add(beta[arc.t, arc.u], beta[arc.to_t, arc.to_u] + lp)
+        beta[arc.t, arc.u] = log_add(beta[arc.t, arc.u], beta[arc.to_t, arc.to_u] + score(arc))
     log_sum = float(alpha[frames, columns - 1])
     blank_occ, label_occ = np.zeros(blank.shape), np.zeros(label.shape)
     for arc in path:
-        lp, occ = (label, label_occ) if arc.is_label else (blank, blank_occ)
-        occ[arc.t, arc.u] = math.exp(alpha[arc.t, arc.u] + lp[arc.t, arc.u] + beta[arc.to_t, arc.to_u] - log_sum)
+        taken = math.exp(alpha[arc.t, arc.u] + score(arc) + beta[arc.to_t, arc.to_u] - log_sum)
+        if not arc.is_label:
+            blank_occ[arc.t, arc.u] += taken
+            continue
+        label_occ[arc.t, arc.u] += taken
+        if topology == "constrained":
+            blank_occ[arc.t, arc.u + 1] += taken
     return -log_sum, blank_occ, label_occ
 
 
@@ -100,6 +114,8 @@ def logits_loss(
     alignment_power: float = 1.0,
     clamp: float = 0.0,
     normalize: bool = True,
+    first: NDArray[np.int64] | None = None,
+    prune_range: int = 0,
 ) -> tuple[float, Array]:
     """-log P of one utterance and its gradient by the logits [T, U+1, V], len(targets) = U.
 
@@ -107,6 +123,7 @@ def logits_loss(
     delay_penalty: added to the label log-probs of frame t, times (T - 1) / 2 - t (Kang et al. 2023, eq. 4).
     alignment_power: gamma in -(1 / gamma) log sum over alignments of P(alignment)^gamma.
     clamp > 0: every entry of the gradient limited to [-clamp, clamp]. normalize=False: logits are log-probs.
+    first [T]: frame t has the cells first[t] <= u < first[t] + prune_range only; others have probability 0.
     """
     frames, columns, vocab_size = logits.shape
     tokens = len(targets)
@@ -123,6 +140,13 @@ def logits_loss(
         ]
     )
     label_lp = label_lp.reshape(frames, tokens)
+    if first is not None:
+        blank_lp = blank_lp.copy()
+        for t in range(frames):
+            for u in range(columns):
+                if not first[t] <= u < first[t] + prune_range:
+                    blank_lp[t, u] = -math.inf
+                    label_lp[t, u : u + 1] = -math.inf
     nll, blank_occ, label_occ = lattice(alignment_power * blank_lp, alignment_power * label_lp, topology)
     nll /= alignment_power
     gradient = np.zeros(log_probs.shape)
@@ -156,8 +180,14 @@ def joint_loss(
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
     alignment_power: float = 1.0,
+    clamp: float = 0.0,
+    bounds: NDArray[np.int64] | None = None,
+    prune_range: int = 0,
 ) -> JointGradients:
-    """A batch through the joiner activation(enc[t] + pred[u]) @ weight.T + bias; gradients of sum(upstream * nll)."""
+    """A batch through the joiner activation(enc[t] + pred[u]) @ weight.T + bias; gradients of sum(upstream * nll).
+
+    bounds [B, T]: first of the prune_range columns of a frame that alignments may pass (Kuang et al. 2022).
+    """
     batch = enc.shape[0]
     result = JointGradients(
         np.zeros(batch), np.zeros(enc.shape), np.zeros(pred.shape), np.zeros(weight.shape), np.zeros(weight.shape[0])
@@ -180,6 +210,9 @@ def joint_loss(
             fastemit_lambda=fastemit_lambda,
             delay_penalty=delay_penalty,
             alignment_power=alignment_power,
+            clamp=clamp,
+            first=None if bounds is None else bounds[b],
+            prune_range=prune_range,
         )
         for t in range(frames):
             for u in range(columns):
@@ -193,13 +226,36 @@ def joint_loss(
     return result
 
 
+def simple_log_probs(
+    am: Array, lm: Array, targets: list[int], *, blank: int = 0, lm_only_scale: float = 0.0, am_only_scale: float = 0.0
+) -> tuple[Array, Array]:
+    """Smoothed log-probs of blank [T, U+1] and next label [T, U] of the trivial joiner am[t] + lm[u], one utterance.
+
+    (1 - a - l) log-softmax(am[t] + lm[u]) + l log-softmax(lm[u]) + a log-softmax(am[t] + log mean over u of
+    softmax(lm[u]))  (Kuang et al. 2022, sec. 3.2).
+    """
+    frames, columns = am.shape[0], lm.shape[0]
+    by_lm = [log_softmax(lm[u]) for u in range(columns)]
+    prior = np.log(np.mean([np.exp(x) for x in by_lm], axis=0))
+    blank_lp, label_lp = np.zeros((frames, columns)), np.zeros((frames, columns - 1))
+    for t in range(frames):
+        by_am = log_softmax(am[t] + prior)
+        for u in range(columns):
+            row = (1.0 - lm_only_scale - am_only_scale) * log_softmax(am[t] + lm[u])
+            row = row + lm_only_scale * by_lm[u] + am_only_scale * by_am
+            blank_lp[t, u] = row[blank]
+            if u < columns - 1:
+                label_lp[t, u] = row[targets[u]]
+    return blank_lp, label_lp
+
+
 def best_alignment(blank: Array, label: Array, topology: str = "regular") -> tuple[float, list[int]]:
     """Log-prob of the best alignment of one utterance and the frame of each label, by trying all alignments.
 
     Of equally good ones, the one that emits earlier. Exponential in the sizes: for a handful of frames and tokens.
     """
     frames, columns = blank.shape
-    step = {"regular": 0, "modified": 1}[topology]
+    step = STEP[topology]
 
     def best(t: int, u: int) -> tuple[float, list[int]]:
         if t == frames:
@@ -208,7 +264,8 @@ def best_alignment(blank: Array, label: Array, topology: str = "regular") -> tup
         choice = score + float(blank[t, u]), emitted
         if u < columns - 1:
             score, emitted = best(t + step, u + 1)
-            move = score + float(label[t, u]), [t, *emitted]
+            after = float(blank[t, u + 1]) if topology == "constrained" else 0.0
+            move = score + float(label[t, u]) + after, [t, *emitted]
             choice = move if move[0] >= choice[0] else choice
         return choice
 

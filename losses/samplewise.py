@@ -17,6 +17,7 @@ from torch import Tensor
 
 from losses import batched, lattice
 from losses.options import TransducerLossOptions
+from losses.result import MethodLoss
 from losses.shapes import Lengths
 
 GROUP = 2**22  # logits of utterances that are computed together
@@ -65,18 +66,21 @@ class _SamplewiseLoss(torch.autograd.Function):
             else:
                 own_enc, own_pred, own_targets, own = _cut(enc, pred, targets, numbers, settings.lengths)
                 arguments = own_enc, own_pred, weight, bias, own_targets, own
-                loss[numbers] = batched.batched_loss(*arguments, **settings.chosen)
-        ctx.save_for_backward(*sources, targets, *sums)
+                loss[numbers] = batched.batched_loss(*arguments, **settings.chosen).loss
+        ctx.save_for_backward(*sources, targets)
+        ctx.sums = sums
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        enc, pred, weight, bias, targets, *sums = ctx.saved_tensors
+        enc, pred, weight, bias, targets = ctx.saved_tensors
         sources = [enc, pred, weight, bias]
+        # scaled in place, a copy of enc's gradient may be gigabytes: a second backward pass has to compute them anew
+        sums, ctx.sums = ctx.sums, []
         enabled, dtype = ctx.autocast
         with torch.no_grad(), torch.autocast(enc.device.type, dtype, enabled):
             if sums:
-                gradients = lattice.scaled(sums, upstream)
+                gradients = lattice.scale_(sums, upstream)
             else:
                 gradients = _zeros(sources, ctx.wanted)
                 for numbers in _groups(ctx.settings.lengths, weight.shape[0]):
@@ -114,7 +118,7 @@ def _add_gradients(
             for x, total in zip((enc, pred, weight, bias), sums, strict=True)
         ]
         own_enc, own_pred, own_weight, own_bias = inputs
-        loss = batched.batched_loss(own_enc, own_pred, own_weight, own_bias, targets, own, **settings.chosen)
+        loss = batched.batched_loss(own_enc, own_pred, own_weight, own_bias, targets, own, **settings.chosen).loss
         scale = torch.ones_like(loss) if upstream is None else upstream[numbers]
         found = iter(torch.autograd.grad(loss, [x for x in inputs if x is not None and x.requires_grad], scale))
     for i, total in enumerate(sums):
@@ -140,10 +144,11 @@ def samplewise_loss(
     blank: int,
     options: TransducerLossOptions,
     shared_upstream: bool = False,
-) -> Tensor:
-    """-log P of each utterance [B] from checked inputs.
+) -> MethodLoss:
+    """-log P of each utterance from checked inputs.
 
     shared_upstream: all utterances will get the same upstream gradient; it is not checked.
     """
     chosen = {"activation": activation, "topology": topology, "blank": blank, "options": options}
-    return _SamplewiseLoss.apply(enc, pred, weight, bias, targets, _Settings(lengths, chosen, shared_upstream))
+    settings = _Settings(lengths, chosen, shared_upstream)
+    return MethodLoss(_SamplewiseLoss.apply(enc, pred, weight, bias, targets, settings))

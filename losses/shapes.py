@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TOPOLOGIES = ("regular", "modified")
+TOPOLOGIES = ("regular", "modified", "constrained")
 REDUCTIONS = ("none", "sum", "mean", "mean-per-token")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
@@ -129,13 +129,13 @@ def check_targets(targets: Tensor, target_lens: list[int], vocab_size: int, blan
 def check_topology(topology: str, enc_lens: list[int], target_lens: list[int]) -> None:
     """The topology exists and has at least one path for each utterance."""
     check_choice("topology", topology, TOPOLOGIES)
-    if topology != "modified":
+    if topology == "regular":
         return
     for i, (t, u) in enumerate(zip(enc_lens, target_lens, strict=True)):
         if u > t:
             raise ValueError(
-                f"target_lens[{i}]={u} exceeds enc_lens[{i}]={t}: topology 'modified' emits at most one token a frame; "
-                "leave the utterance out, subsample less, or use topology='regular'"
+                f"target_lens[{i}]={u} exceeds enc_lens[{i}]={t}: topology {topology!r} emits at most one token "
+                "a frame; leave the utterance out, subsample less, or use topology='regular'"
             )
 
 
@@ -191,8 +191,65 @@ def check_inputs(
     blank = check_blank(blank, weight.shape[0])
     lengths = _check_lengths(enc_lens, target_lens, targets, batch, frames, ("enc_lens", "target_lens", "enc"))
     check_topology(topology, lengths.enc, lengths.target)
-    check_targets(targets, lengths.target, weight.shape[0], blank)
     return lengths, blank
+
+
+def check_simple(simple: object, method: str, needed: bool, enc: Tensor, weight: Tensor, targets: Tensor) -> None:
+    """The trivial joiner's logits, for the methods that need them and for no other."""
+    if not needed:
+        if simple is not None:
+            raise ValueError(f"simple is not used by method {method!r}; pass simple=None")
+        return
+    if not isinstance(simple, tuple | list) or len(simple) != 2:
+        raise ValueError(f"method {method!r} needs simple=(am [B, T, V], lm [B, U+1, V]), the trivial joiner's logits")
+    sizes = (enc.shape[1], targets.shape[1] + 1)
+    for name, shape, value, size in zip(("am", "lm"), ("[B, T, V]", "[B, U+1, V]"), simple, sizes, strict=True):
+        name = f"simple {name}"
+        _check_tensor(name, value, shape, 3, FLOATS)
+        _check_size(name, value, 0, enc.shape[0], "enc.shape[0]")
+        _check_size(name, value, 1, size, "enc.shape[1]" if name.endswith("am") else "targets.shape[1]+1")
+        _check_size(name, value, 2, weight.shape[0], "weight.shape[0]")
+        _check_device("enc", name, enc, value)
+    _check_same_dtype("simple am", "simple lm", *simple)
+
+
+def check_finite(
+    enc: Tensor,
+    pred: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    simple: tuple[Tensor, Tensor] | None,
+    lengths: Lengths,
+) -> None:
+    """No NaN or infinity within the lengths; utterance by utterance, so that no second enc is made."""
+    rows = [("enc", enc, lengths.enc), ("pred", pred, [u + 1 for u in lengths.target])]
+    if simple is not None:
+        rows += [("simple am", simple[0], lengths.enc), ("simple lm", simple[1], [u + 1 for u in lengths.target])]
+    for name, tensor, lens in rows:
+        for i, n in enumerate(lens):
+            _check_finite(f"{name}[{i}]", tensor.detach()[i, :n])
+    for name, whole in (("weight", weight), ("bias", bias)):
+        if whole is not None:
+            _check_finite(name, whole.detach())
+
+
+def _check_finite(name: str, part: Tensor) -> None:
+    # a sum is one pass without a copy; it may overflow, so that only the exact test refuses
+    if part.numel() and not bool(part.sum().isfinite()) and not bool(part.isfinite().all()):
+        at = (~part.isfinite()).nonzero()[0].tolist()
+        where = "".join(f"[{i}]" for i in at)
+        raise ValueError(
+            f"{name}{where}={float(part[tuple(at)])} is not finite; leave the utterance out or look for where it comes "
+            "from (check_values=False gives that utterance a loss that is not finite instead)"
+        )
+
+
+def safe_targets(targets: Tensor, lengths: Lengths, vocab_size: int, blank: int) -> tuple[Tensor, Tensor]:
+    """Targets [B, U] that index safely, and which utterances held wrong ones, bool [B]."""
+    lens = torch.tensor(lengths.target, dtype=torch.int64, device=targets.device)
+    inside = torch.arange(targets.shape[1], device=targets.device) < lens[:, None]
+    wrong = (targets < 0) | (targets >= vocab_size) | (targets == blank)
+    return targets.clamp(0, vocab_size - 1), (inside & wrong).any(1)
 
 
 def check_logits(

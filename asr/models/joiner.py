@@ -91,4 +91,5 @@ class Joiner(nn.Module):
             topology=topology,
             reduction=reduction,
             options=options,
+            check_values=False,  # the trainer leaves out batches whose loss is not finite
         )

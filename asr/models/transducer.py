@@ -57,8 +57,8 @@ class LossConfig:
         ctc_weight: the CTC loss enters with this weight, the transducer loss with weight 1; needs ``model.ctc``.
     """
 
-    method: str = "batched"
-    topology: Literal["regular", "modified"] = "modified"
+    method: str = "fused"
+    topology: Literal["regular", "modified", "constrained"] = "modified"
     fastemit_lambda: float = 0.0
     delay_penalty: float = 0.0
     alignment_power: float = 1.0

@@ -33,7 +33,7 @@ LEAST_TILE in cells, and
     linear(x, weight, bias, out) -> x @ weight.T + bias, in out where that is not None
     gather(logits, labels, blank, out): logits [N, V], labels int64 [N], -1 where none is left; out is log-probs of
         blank and next label (0 where none is left) and log-normaliser, [N] each, float32, or float64 for float64 logits
-    gradient(logits, at, labels, blank, normalizer, blank_occ, label_occ, scale, out) -> sum over cells [V]
+    gradient(logits, at, labels, blank, normalizer, blank_occ, label_occ, scale, clamp, out) -> sum over cells [V]
         cell n has logits[at[n]]; out [N, V] is the gradient as above times scale [N], in the dtype of logits
     add(gradient, hidden, first, rows, columns, activation, enc_gradient, pred_gradient): adds the gradient [N, W] by
         columns first..first+W of hidden [N, J], through the activation, to the rows of enc_gradient and pred_gradient

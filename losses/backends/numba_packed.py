@@ -105,6 +105,7 @@ def gradient(
     blank_occ: Tensor,
     label_occ: Tensor,
     scale: Tensor,
+    clamp: float,
     out: Tensor,
 ) -> Tensor:
     """See losses/backends/__init__.py."""
@@ -115,7 +116,7 @@ def gradient(
     floor = number(GRADIENT_FLOOR[normalizer.dtype])
     to = np.arange(at.shape[0])
     gradient_rows(
-        number_array(logits), at.numpy(), labels.numpy(), blank, True, norm, *occupied, number(0), floor,
+        number_array(logits), at.numpy(), labels.numpy(), blank, True, norm, *occupied, number(clamp), floor,
         number_array(out), to, total,
     )  # fmt: skip
     return torch.from_numpy(total)

@@ -64,17 +64,21 @@ def gradient(
     blank_occ: Tensor,
     label_occ: Tensor,
     scale: Tensor,
+    clamp: float,
     out: Tensor,
 ) -> Tensor:
     """See losses/backends/__init__.py."""
-    blanks, labelled = blank_occ * scale, label_occ * scale
+    inner = scale if clamp <= 0 else torch.ones_like(scale)
+    blanks, labelled = blank_occ * inner, label_occ * inner
     work = logits.index_select(0, at).to(normalizer.dtype)
     work.sub_(normalizer[:, None]).exp_().mul_((blanks + labelled)[:, None])
     work[:, blank] -= blanks
     waiting = (labels >= 0).to(work.dtype)
     work.scatter_add_(1, labels.clamp(min=0)[:, None], -(labelled * waiting)[:, None])
-    floor = GRADIENT_FLOOR[normalizer.dtype] * scale.abs()[:, None]
+    floor = GRADIENT_FLOOR[normalizer.dtype] * inner.abs()[:, None]
     work.masked_fill_(work.abs() <= floor, 0.0)
+    if clamp > 0:
+        work.clamp_(-clamp, clamp).mul_(scale[:, None])
     out.copy_(work)
     return work.sum(0)
 

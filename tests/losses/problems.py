@@ -27,7 +27,8 @@ MODIFIED = {
     "as many tokens as frames": ([5, 3], [5, 3]),
     "odd sizes": ([63, 40], [11, 7]),
 }
-CASES = [("regular", name) for name in REGULAR] + [("modified", name) for name in MODIFIED]
+NAMES = {"regular": REGULAR, "modified": MODIFIED, "constrained": MODIFIED}
+CASES = [(topology, name) for topology, names in NAMES.items() for name in names]
 
 
 @dataclass
@@ -90,7 +91,7 @@ def make(
     seed: int = 0,
 ) -> Problem:
     """A random problem; `padding` more frames and tokens than the longest utterance."""
-    frames, tokens = (REGULAR if topology == "regular" else MODIFIED)[name]
+    frames, tokens = NAMES[topology][name]
     generator = torch.Generator().manual_seed(seed)
     batch, width = len(frames), max(tokens) + padding
 
@@ -130,13 +131,13 @@ def assert_close(actual: Tensor, expected: np.ndarray, tolerance: float = 1e-10)
 def cells_by_enumeration(frames: int, tokens: int, topology: str) -> set[tuple[int, int]]:
     """Cells (t, u) of all alignments."""
     found = set()
-    choose = itertools.combinations if topology == "modified" else itertools.combinations_with_replacement
+    choose = itertools.combinations_with_replacement if topology == "regular" else itertools.combinations
     for at in choose(range(frames), tokens):
         u = 0
         for t in range(frames):
             found.add((t, u))
             for _ in range(at.count(t)):
                 u += 1
-                if topology == "regular":
+                if topology != "modified":  # a label or, in "constrained", a blank follows in the same frame
                     found.add((t, u))
     return found

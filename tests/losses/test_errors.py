@@ -74,13 +74,13 @@ JOINT = [
     (replaced(blank=-6), r"targets\[0, 0\]=1 is the blank id"),
     (replaced(method="exact"), r"method='exact' does not exist; choose one of: batched, samplewise, fused"),
     (replaced(activation="gelu"), r"activation='gelu' does not exist; choose one of: tanh, relu"),
-    (replaced(topology="constrained"),
-     r"topology='constrained' does not exist; choose one of: regular, modified"),
+    (replaced(topology="diagonal"),
+     r"topology='diagonal' does not exist; choose one of: regular, modified, constrained"),
     (replaced(reduction="max"), r"reduction='max' does not exist; choose one of: none, sum, mean, mean-per-token"),
     (replaced(topology="modified", enc_lens=torch.tensor([10, 10, 5, 10])),
      r"target_lens\[2\]=6 exceeds enc_lens\[2\]=5: topology 'modified' emits at most one token a frame"),
-    (replaced(simple=(torch.zeros(1), torch.zeros(1))), r"simple is not used by method 'batched'"),
-    (replaced(memory_limit="1GiB"), r"memory_limit='1GiB' cannot be kept by method 'batched'"),
+    (replaced(simple=(torch.zeros(1), torch.zeros(1))), r"simple is not used by method 'fused'"),
+    (replaced(memory_limit="1GiB"), r"memory_limit='1GiB' cannot be kept by method 'fused'"),
 ]  # fmt: skip
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from losses import TransducerLossOptions, transducer_loss
 from losses.backends import BACKENDS, numba_packed, torch_packed
 from losses.cells import OCCUPANCY_THRESHOLD, groups
-from losses.fused import fused_loss
+from losses.fused import ROWS, fused_loss
 from losses.shapes import Lengths, check_inputs
 from tests.losses.problems import CASES, Problem, assert_close, cells_by_enumeration, make
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.mark.parametrize("room", [1, 12, 1000])
-@pytest.mark.parametrize("topology", ["regular", "modified"])
+@pytest.mark.parametrize("topology", ["regular", "modified", "constrained"])
 def test_cells_are_those_that_an_alignment_passes(topology: str, room: int) -> None:
     lengths = Lengths([4, 2, 3, 1], [2, 2, 0, 1])
     found = []
@@ -40,8 +47,8 @@ def loss_and_gradients(problem: Problem, backend: str | None, shared: bool, **op
     lengths, blank = check_inputs(*problem.arguments(), topology=problem.topology, blank=problem.blank)
     loss = fused_loss(
         *problem.parameters, problem.targets, lengths, activation="tanh", topology=problem.topology, blank=blank,
-        options=TransducerLossOptions(**options), shared_upstream=shared, backend=backend,
-    )  # fmt: skip
+        options=TransducerLossOptions(backend=backend, **options), shared_upstream=shared,
+    ).loss  # fmt: skip
     weights = torch.full_like(problem.upstream, 3.0) if shared else problem.upstream
     return [loss, *torch.autograd.grad(loss, problem.parameters, weights.to(loss.dtype))]
 
@@ -70,7 +77,7 @@ def test_tiles_chunks_and_caches_of_any_size(
         assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("topology", ["regular", "modified"])
+@pytest.mark.parametrize("topology", ["regular", "modified", "constrained"])
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_bfloat16_gradients_without_rare_cells(topology: str, activation: str, reduction: str) -> None:
@@ -135,3 +142,31 @@ def test_threads_do_not_change_the_result() -> None:
     for other in results[1:]:
         for x, y in zip(results[0], other, strict=True):
             assert torch.equal(x, y)
+
+
+def test_bfloat16_where_the_processor_has_no_instructions_for_it() -> None:
+    script = """
+import torch
+from losses import transducer_loss
+torch.manual_seed(0)
+inputs = [torch.randn(s, dtype=torch.bfloat16, requires_grad=True) for s in ((1, 9, 8), (1, 4, 8), (5, 8))]
+loss = transducer_loss(*inputs, None, torch.tensor([[1, 2, 3]]), torch.tensor([9]), torch.tensor([3])).loss
+loss.backward()
+assert all(x.grad.isfinite().all() for x in inputs)
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, check=True, timeout=120)
+
+
+def test_products_come_in_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN compiles code for each and keeps it."""
+    rows = set()
+    real = numba_packed.linear
+    monkeypatch.setattr(numba_packed, "linear", lambda x, *others: (rows.add(len(x)), real(x, *others))[1])
+    for frames in range(20, 40):
+        enc, pred, weight = (
+            torch.randn(s, dtype=torch.bfloat16, requires_grad=True) for s in ((2, frames, 8), (2, 11, 8), (5, 8))
+        )
+        lens = torch.tensor([frames, frames - 7]), torch.tensor([10, 4])
+        transducer_loss(enc, pred, weight, None, torch.ones(2, 10, dtype=torch.int64), *lens).loss.backward()
+    assert all(n % ROWS == 0 for n in rows) and len(rows) <= 10

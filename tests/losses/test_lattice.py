@@ -57,7 +57,7 @@ def test_loss_and_gradients_equal_the_reference(topology: str, name: str, backen
 
 
 @each_backend
-@pytest.mark.parametrize("topology", ["regular", "modified"])
+@pytest.mark.parametrize("topology", ["regular", "modified", "constrained"])
 def test_large_problems_go_over_threads_and_stay_exact(topology: str, backend: str) -> None:
     generator = torch.Generator().manual_seed(5)
     blank = torch.randn(9, 61, 33, generator=generator, dtype=torch.float64) - 2
@@ -72,7 +72,7 @@ def test_large_problems_go_over_threads_and_stay_exact(topology: str, backend: s
 
 
 @each_backend
-@pytest.mark.parametrize("topology", ["regular", "modified"])
+@pytest.mark.parametrize("topology", ["regular", "modified", "constrained"])
 def test_gradcheck(topology: str, backend: str) -> None:
     problem = make(topology, "ragged", padding=0)
     blank, label = (x.nan_to_num(-1.0).requires_grad_() for x in problem.log_probs())
@@ -171,7 +171,7 @@ def test_double_backward_raises_and_never_lies(backend: str) -> None:
         second_derivatives(gradient, blank)
 
 
-@pytest.mark.parametrize("topology", ["regular", "modified"])
+@pytest.mark.parametrize("topology", ["regular", "modified", "constrained"])
 def test_occupancy_is_a_probability_of_each_emission(topology: str) -> None:
     problem = make(topology, "ragged")
     lens = problem.enc_lens, problem.target_lens
@@ -186,7 +186,7 @@ def test_occupancy_is_a_probability_of_each_emission(topology: str) -> None:
         assert not found[0].label[b, t:].any() and not found[0].blank[b, :, u + 1 :].any()
 
 
-@pytest.mark.parametrize("topology", ["regular", "modified"])
+@pytest.mark.parametrize("topology", ["regular", "modified", "constrained"])
 @pytest.mark.parametrize("seed", range(5))
 def test_viterbi_alignment_is_the_best_of_all(topology: str, seed: int) -> None:
     problem = make(topology, "ragged", seed=seed)

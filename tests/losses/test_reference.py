@@ -24,9 +24,9 @@ def all_alignments(blank: np.ndarray, label: np.ndarray, topology: str) -> list[
                 score = -math.inf
                 break
             if i in labels_at:
-                score += label[t, u]
+                score += label[t, u] + (blank[t, u + 1] if topology == "constrained" else 0.0)
                 u += 1
-                t += topology == "modified"
+                t += topology != "regular"
             else:
                 score += blank[t, u]
                 t += 1
@@ -38,7 +38,7 @@ def all_alignments(blank: np.ndarray, label: np.ndarray, topology: str) -> list[
 SIZES = [(1, 0), (1, 1), (4, 0), (4, 3), (3, 3), (5, 2)]
 
 
-@pytest.mark.parametrize("topology", ["regular", "modified"])
+@pytest.mark.parametrize("topology", ["regular", "modified", "constrained"])
 @pytest.mark.parametrize(("frames", "tokens"), SIZES)
 def test_the_lattice_sums_over_all_alignments(topology: str, frames: int, tokens: int) -> None:
     rng = np.random.default_rng(frames * 10 + tokens)
@@ -52,7 +52,7 @@ def test_the_lattice_sums_over_all_alignments(topology: str, frames: int, tokens
     assert reference.best_alignment(blank, label, topology)[0] == pytest.approx(max(scores), abs=1e-12)
 
 
-@pytest.mark.parametrize("topology", ["regular", "modified"])
+@pytest.mark.parametrize("topology", ["regular", "modified", "constrained"])
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 def test_gradients_are_the_derivatives_of_the_value(topology: str, activation: str) -> None:
     rng = np.random.default_rng(1)

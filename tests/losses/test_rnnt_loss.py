@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from losses import log_probs, reference, rnnt_loss
+from losses import TransducerLossOptions, log_probs, reference, rnnt_loss
 from losses.backends import BACKENDS
 from losses.batched import logits_loss
 from losses.shapes import check_logits
@@ -79,7 +79,8 @@ def test_backends_agree(backend: str, dtype: torch.dtype, clamp: float, fused: b
     losses, gradients = expected(problem, clamp=clamp, normalize=fused)
     logits = rounded.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     lengths, blank = check_logits(logits, problem.targets, problem.enc_lens, problem.target_lens, blank=0)
-    loss = logits_loss(logits, problem.targets, lengths, blank=blank, clamp=clamp, normalize=fused, backend=backend)
+    options = TransducerLossOptions(clamp=clamp, backend=backend)
+    loss = logits_loss(logits, problem.targets, lengths, blank=blank, options=options, normalize=fused)
     (loss * problem.upstream).sum().backward()
     exact = dtype == torch.float64
     assert_close(loss, losses, 1e-10 if exact else 2e-6)
@@ -140,7 +141,9 @@ def test_the_gradient_holds_no_denormal_numbers(backend: str) -> None:
     for dtype in (torch.float64, torch.float32):
         logits = values.clone().to(dtype).requires_grad_()
         lengths, blank = check_logits(logits, targets, *lens, blank=0)
-        logits_loss(logits, targets, lengths, blank=blank, backend=backend).sum().backward()
+        logits_loss(
+            logits, targets, lengths, blank=blank, options=TransducerLossOptions(backend=backend)
+        ).sum().backward()
         gradients[dtype] = logits.grad
 
     def denormal(x: torch.Tensor) -> torch.Tensor:

@@ -316,7 +316,8 @@ def _loss(
 ) -> tuple[Tensor, int, Sums | None, Kept | None]:
     """Loss [B], number of cells with a gradient, and the gradients for an upstream gradient of 1 or those cells."""
     with torch.autocast(sources[0].device.type, enabled=False):
-        joint = Joint(*sources, dtype, settings)
+        enc, pred, weight, bias, targets = sources
+        joint = Joint(enc, pred, weight, bias, targets, dtype, settings)
         sums = joint.sums(wanted) if at_once else None
         with joint.kernels.parallel() as threads:
             loss, count, kept = _forward(joint, sums, any(wanted), threads)
@@ -335,7 +336,8 @@ def _gradients(ctx, upstream: Tensor) -> list[Tensor | None]:
         return lattice.scale_([sums.enc, sums.pred, sums.weight, sums.bias], upstream)
     kept = ctx.saved_tensors[5:]
     with torch.autocast(upstream.device.type, enabled=False):
-        joint = Joint(*sources, ctx.dtype, ctx.settings)
+        enc, pred, weight, bias, targets = sources
+        joint = Joint(enc, pred, weight, bias, targets, ctx.dtype, ctx.settings)
         sums = joint.sums(ctx.wanted)
         if kept:
             with joint.kernels.parallel() as threads:

@@ -5,12 +5,19 @@ PY := $(VENV)/bin/python
 # what decides the contents of .venv; a change of any of it sets .venv up anew
 STAMP := $(VENV)/.stamp-$(shell (cat pyproject.toml constraints.txt; $(PYTHON) --version) | sha256sum | cut -c1-16)
 
-.PHONY: help setup demo test test-all lint types clean
+# torchaudio is built against one torch, older than the pinned one: it has an environment of its own, which goes with
+# .venv when that is set up anew
+TORCHAUDIO := $(VENV)/torchaudio
+TORCHAUDIO_PINS := torch==2.11.0 torchaudio==2.11.0
+TORCHAUDIO_STAMP := $(TORCHAUDIO)/.stamp-$(shell (echo $(TORCHAUDIO_PINS); cat pyproject.toml constraints.txt; $(PYTHON) --version) | sha256sum | cut -c1-16)
+
+.PHONY: help setup demo test test-all test-torchaudio lint types clean
 
 help:
 	@echo "make demo      speak, train, decode and score the embedded corpus (egs/synth)"
 	@echo "make test      the fast tests"
 	@echo "make test-all  all tests"
+	@echo "make test-torchaudio  the tests of the losses beside torchaudio, in an environment of its own (4.7 GB)"
 	@echo "make lint      ruff"
 	@echo "make types     mypy"
 	@echo "make clean     remove .venv (experiments under egs/*/exp stay)"
@@ -31,6 +38,15 @@ test: setup
 
 test-all: setup
 	$(PY) -m pytest -q --slow all
+
+test-torchaudio: $(TORCHAUDIO_STAMP)
+	$(TORCHAUDIO)/bin/python -m pytest -q tests/losses
+
+$(TORCHAUDIO_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(TORCHAUDIO)
+	@grep -v '^torch==' constraints.txt >$(TORCHAUDIO)/constraints.txt
+	$(TORCHAUDIO)/bin/python -m pip install --quiet --constraint $(TORCHAUDIO)/constraints.txt $(TORCHAUDIO_PINS) --editable '.[dev]'
+	@touch $@
 
 lint: setup
 	$(PY) -m ruff check .

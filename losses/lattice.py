@@ -21,7 +21,6 @@ the gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,20 +28,6 @@ from torch import Tensor
 from losses import backends
 from losses.options import TransducerLossOptions
 from losses.shapes import Lengths, check_lattice
-
-
-class Occupancy(NamedTuple):
-    """Posterior probability of each transition given the whole utterance; 0 in the padding."""
-
-    label: Tensor  # [B, T, U]: label u is emitted at frame t; sums to 1 over t for each label
-    blank: Tensor  # [B, T, U+1]: blank is taken at frame t after u labels
-
-
-class Alignment(NamedTuple):
-    """The most probable alignment of each utterance."""
-
-    frames: Tensor  # [B, U] int64: frame of each label, -1 in the padding
-    score: Tensor  # [B] float64: log-prob of that alignment
 
 
 class RefuseDoubleBackward(torch.autograd.Function):
@@ -201,45 +186,3 @@ def lattice_loss(
     lengths = check_lattice(blank_log_probs, label_log_probs, enc_lens, target_lens, topology=topology)
     arguments = (lengths, topology, fastemit_lambda, backend, False)
     return LatticeLoss.apply(blank_log_probs, label_log_probs, *arguments)[0]
-
-
-@torch.no_grad()
-def occupancy(
-    blank_log_probs: Tensor,
-    label_log_probs: Tensor,
-    enc_lens: Tensor,
-    target_lens: Tensor,
-    *,
-    topology: str = "regular",
-    backend: str | None = None,
-) -> Occupancy:
-    """Posterior of each label's and blank's emission per frame; arguments and errors as in `lattice_loss`.
-
-    `(occupancy.label * torch.arange(T)[:, None]).sum(1)` is the expected frame of each label.
-    """
-    lengths = check_lattice(blank_log_probs, label_log_probs, enc_lens, target_lens, topology=topology)
-    _, blank, label = forward_backward(blank_log_probs, label_log_probs, lengths, topology=topology, backend=backend)
-    assert blank is not None and label is not None
-    return Occupancy(label, blank)
-
-
-@torch.no_grad()
-def viterbi_alignment(
-    blank_log_probs: Tensor,
-    label_log_probs: Tensor,
-    enc_lens: Tensor,
-    target_lens: Tensor,
-    *,
-    topology: str = "regular",
-) -> Alignment:
-    """The most probable alignment; arguments and errors as in `lattice_loss`. Of equal ones, the earlier emission.
-
-    Runs on the CPU, wherever the log-probs are; the result is on their device. The frames of an utterance without any
-    possible alignment (score -inf) mean nothing.
-    """
-    lengths = check_lattice(blank_log_probs, label_log_probs, enc_lens, target_lens, topology=topology)
-    dtype = torch.float64 if blank_log_probs.dtype == torch.float64 else torch.float32
-    blank, label = (x.to("cpu", dtype).contiguous() for x in (blank_log_probs, label_log_probs))
-    kernels = backends.load("lattice", "numba", blank.device, dtype)
-    frames, score = kernels.viterbi(blank, step_scores(blank, label, topology), lengths, topology != "regular")
-    return Alignment(frames.to(blank_log_probs.device), score.to(blank_log_probs.device))

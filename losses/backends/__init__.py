@@ -37,6 +37,9 @@ LEAST_TILE in cells, and
         cell n has logits[at[n]]; out [N, V] is the gradient as above times scale [N], in the dtype of logits
     add(gradient, hidden, first, rows, columns, activation, enc_gradient, pred_gradient): adds the gradient [N, W] by
         columns first..first+W of hidden [N, J], through the activation, to the rows of enc_gradient and pred_gradient
+
+The optional peers "torchaudio" and "k2" are lattice kernels only: where one of them is asked for, kernels of the other
+kinds are those that the device has by default, and what it cannot do in the lattice is an error, never done by another.
 """
 
 from __future__ import annotations
@@ -62,6 +65,14 @@ BACKENDS: dict[str, dict[str, str]] = {
         "logits": "losses.backends.torch_logits",
         "packed": "losses.backends.torch_packed",
     },
+    "torchaudio": {"lattice": "losses.backends.torchaudio_lattice"},  # CPU and CUDA; "regular" in float32
+    "k2": {"lattice": "losses.backends.k2_lattice"},  # CPU and CUDA; both topologies in float64
+}
+
+# Optional packages that a backend of the same name is made of, and how each is installed.
+INSTALL = {
+    "torchaudio": "install the torchaudio that was built for this torch, from the same index (CPU or CUDA)",
+    "k2": "install the wheel that was built for this torch (https://k2-fsa.github.io/k2/installation)",
 }
 
 # What is rarer or smaller means nothing, but would fill the gradients with denormal numbers, over which a matrix
@@ -76,11 +87,15 @@ def load(
     """The kernel module of a backend by name; None takes numba on CPU (float16 logits: torch) and torch elsewhere.
 
     A backend that was asked for and cannot be used is an error: ValueError for a wrong name, device or dtype,
-    ImportError when it is not installed.
+    ImportError when it is not installed. A peer without kernels of this kind is imported all the same, so that its
+    absence shows before any work is done, and the device's default is given.
     """
-    if backend is None:
+    if backend is not None:
+        check_choice("backend", backend, tuple(BACKENDS))
+    if backend in INSTALL:
+        _check_peer(backend)
+    if backend is None or kind not in BACKENDS[backend]:
         backend = "numba" if device.type == "cpu" and dtype != torch.float16 else "torch"
-    check_choice("backend", backend, tuple(BACKENDS))
     if backend == "numba" and (device.type != "cpu" or dtype == torch.float16):
         raise ValueError(
             f"backend='numba' runs on cpu and not in float16, the input is {dtype} on {device}; use 'torch'"
@@ -93,4 +108,16 @@ def load(
         raise ImportError(
             f"backend {backend!r} needs {error.name}: pip install {error.name}, or pass backend='torch'",
             name=error.name,
+        ) from error
+
+
+def _check_peer(name: str) -> None:
+    """Import an optional package, or say how to get it."""
+    try:
+        importlib.import_module(name)
+    except (ImportError, OSError) as error:  # OSError: a shared library of another torch or CUDA
+        raise ImportError(
+            f"backend {name!r} needs {name}, which cannot be imported ({error}): {INSTALL[name]}; "
+            "or use backend='torch', which needs nothing more",
+            name=name,
         ) from error

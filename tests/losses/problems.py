@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from losses import reference
+from losses.backends import BACKENDS, INSTALL
+
+OWN_BACKENDS = [name for name in BACKENDS if name not in INSTALL]  # those that need no optional package
 
 # name -> (frames of each utterance, tokens of each utterance)
 REGULAR = {

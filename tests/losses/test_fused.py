@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from losses import TransducerLossOptions, transducer_loss
-from losses.backends import BACKENDS, numba_packed, torch_packed
+from losses.backends import numba_packed, torch_packed
 from losses.cells import OCCUPANCY_THRESHOLD, groups
 from losses.fused import ROWS, fused_loss
 from losses.shapes import Lengths, check_inputs
-from tests.losses.problems import CASES, Problem, assert_close, cells_by_enumeration, make
+from tests.losses.problems import CASES, OWN_BACKENDS, Problem, assert_close, cells_by_enumeration, make
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,7 +55,7 @@ def loss_and_gradients(problem: Problem, backend: str | None, shared: bool, **op
 
 @pytest.mark.parametrize("cache", [0, 700, 2**20])
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", OWN_BACKENDS)
 @pytest.mark.parametrize(("topology", "name"), CASES)
 def test_tiles_chunks_and_caches_of_any_size(
     topology: str, name: str, backend: str, shared: bool, cache: int, monkeypatch: pytest.MonkeyPatch

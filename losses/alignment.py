@@ -247,10 +247,11 @@ def _joint_log_probs(
         blank_lp, label_lp = (enc.new_zeros(*enc.shape[:2], columns, dtype=joint.sum_dtype) for _ in range(2))
         with joint.kernels.parallel() as threads:
             for group in joint.groups():
-                _, of_blank, of_label, _ = joint.log_probs(group, None, 0, threads)
+                found = joint.start_log_probs(group, None, 0, threads)
+                found.wait()
                 cells = group.rows * columns + group.columns % columns
-                blank_lp.view(-1)[cells] = of_blank
-                label_lp.view(-1)[cells] = of_label
+                blank_lp.view(-1)[cells] = found.blank
+                label_lp.view(-1)[cells] = found.label
     return blank_lp, label_lp[:, :, :-1]
 
 

@@ -23,8 +23,9 @@ upstream gradient is applied to each utterance's before sums over utterances.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -70,6 +71,17 @@ class Kept(NamedTuple):
         if isinstance(index, slice):
             return Kept(*(x[index] for x in self))
         return Kept(*(x.index_select(0, index) if x.numel() else x for x in self))
+
+
+class LogProbs(NamedTuple):
+    """Of a group's cells, [N] each: next label, log-probs of blank and of that label, log-normaliser; all but the label
+    are there after wait()."""
+
+    labels: Tensor
+    blank: Tensor
+    label: Tensor
+    normalizer: Tensor
+    wait: Callable[[], None]
 
 
 class Sums:
@@ -125,20 +137,18 @@ class Joint:
         most, room = min(size, self.room), self.room
         return groups(settings.lengths, self.frames, self.columns, topology, most, room, device, settings.bounds)
 
-    def cache(self) -> Tensor:
-        """[C, V], for the logits of the first cells of each group."""
-        return self.buffer("cache", self.vocab_size, self.room)
+    def cache(self, number: int) -> Tensor:
+        """[C, V], for the logits of the first cells of a group; one for even and one for odd groups."""
+        return self.buffer(f"cache {number % 2}", self.vocab_size, self.room)
 
-    def log_probs(
-        self, group: Group, cache: Tensor | None, kept: int, threads: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Next label, and log-probs of blank and of that label, and log-normaliser, [N] each, of the group's cells.
+    def start_log_probs(self, group: Group, cache: Tensor | None, kept: int, threads: int) -> LogProbs:
+        """Begin to compute the log-probs of the group's cells.
 
         cache [C, V] takes the logits of the first `kept` cells, C >= _filled(kept).
         """
         count = group.at.shape[0]
         labels = self.labels.index_select(0, group.columns)
-        out = tuple(self.enc.new_empty(count, dtype=self.sum_dtype) for _ in range(3))
+        out = [self.enc.new_empty(count, dtype=self.sum_dtype) for _ in range(3)]
 
         def tile(start: int, stop: int) -> None:
             part, size = slice(start, stop), stop - start
@@ -149,15 +159,12 @@ class Joint:
             logits = self.kernels.linear(hidden, self.weight, self.bias, place)
             self.kernels.gather(logits[:size], labels[part], self.settings.blank, tuple(x[part] for x in out))
 
-        self.kernels.run(
-            [
-                partial(tile, start, min(start + self.tile, last))
-                for first, last in ((0, kept), (kept, count))
-                for start in range(first, last, self.tile)
-            ],
-            threads,
-        )
-        return labels, *out
+        tasks = [
+            partial(tile, start, min(start + self.tile, last))
+            for first, last in ((0, kept), (kept, count))
+            for start in range(first, last, self.tile)
+        ]
+        return LogProbs(labels, out[0], out[1], out[2], self.kernels.start(tasks, threads))
 
     def _hidden(self, rows: Tensor, columns: Tensor, out: Tensor) -> None:
         self.kernels.hidden(self.enc, self.pred, rows, columns, self.settings.activation, out)
@@ -219,14 +226,14 @@ class Joint:
             else:
                 total += product @ hidden
 
-        self.kernels.run([partial(by_cells, i) for i in range(len(starts))], threads)
+        self.kernels.start([partial(by_cells, i) for i in range(len(starts))], threads)()
         by_logits[count:] = 0
         tasks = []
         if sums.enc is not None:
             tasks += [partial(by_states, x) for x in self.kernels.shares(self.dim, threads, MOST_COLUMNS)]
         if sums.weight is not None:
             tasks += [partial(by_weight, x) for x in self.kernels.shares(self.vocab_size, threads, MOST_COLUMNS)]
-        self.kernels.run(tasks, threads)
+        self.kernels.start(tasks, threads)()
         if sums.bias is not None:
             for x in by_bias:
                 sums.bias += x
@@ -247,40 +254,63 @@ def _keep(occupied: list[Tensor], group: Group, labels: Tensor, normalizer: Tens
 
 def _forward(joint: Joint, sums: Sums | None, wanted: bool, threads: int) -> tuple[Tensor, int, Kept | None]:
     """Loss [B] and number of cells that have a gradient; adds the gradients to sums, or without them returns those
-    cells."""
-    settings = joint.settings
-    threshold = settings.options.occupancy_threshold
-    if threshold is None:
-        threshold = OCCUPANCY_THRESHOLD[joint.dtype]
-    loss = joint.enc.new_zeros(len(settings.lengths.enc), dtype=joint.sum_dtype)
+    cells.
+
+    The log-probs of the next group are computed while the lattice of this one, which is little work for one thread,
+    goes on.
+    """
+    loss = joint.enc.new_zeros(len(joint.settings.lengths.enc), dtype=joint.sum_dtype)
     waiting, count = [], 0
-    for group in joint.groups():
-        likely = 0 if sums is None else group.likely
-        cache = joint.cache() if likely else None
-        labels, blank_lp, label_lp, normalizer = joint.log_probs(group, cache, likely, threads)
-        nll, *occupied = lattice.regularized(
-            spread(blank_lp, group.at, group.shape),
-            spread(label_lp, group.at, group.shape)[:, :, :-1],
-            group.lengths,
-            settings.topology,
-            settings.options,
-            occupancies=wanted,
-        )
-        loss[group.utterances] = nll.to(loss.dtype)
-        if not wanted:
-            continue
-        found = _keep([x for x in occupied if x is not None], group, labels, normalizer, threshold)
-        count += found.at.shape[0]
-        cells = Kept(found.at, *(x.index_select(0, found.at) for x in found[1:]))
-        if sums is None:
-            waiting.append(cells._replace(at=cells.at[:0]))
-            continue
-        cached = int((cells.at < likely).sum())  # cells are in order
-        joint.add_gradients(cells.part(slice(0, cached)), cache, None, sums, threads)
-        joint.add_gradients(cells.part(slice(cached, None)), None, None, sums, threads)
+    started: tuple[Group, Tensor | None, LogProbs] | None = None
+    try:
+        for number, group in enumerate(chain(joint.groups(), [None])):
+            finishing = started
+            if group is not None:
+                likely = 0 if sums is None else group.likely
+                cache = joint.cache(number) if likely else None
+                started = group, cache, joint.start_log_probs(group, cache, likely, threads)
+            if finishing is None:
+                continue
+            nll, cells = _finish(joint, *finishing, sums, wanted, threads)
+            loss[finishing[0].utterances] = nll.to(loss.dtype)
+            if cells is not None:
+                count += cells.rows.shape[0]
+                waiting += [] if sums is not None else [cells]
+    finally:
+        if started is not None:  # after an error: no thread may write any more
+            started[2].wait()
     if sums is not None or not waiting:
         return loss, count, None
     return loss, count, Kept(*(torch.cat(x) for x in zip(*waiting, strict=True)))
+
+
+def _finish(
+    joint: Joint, group: Group, cache: Tensor | None, found: LogProbs, sums: Sums | None, wanted: bool, threads: int
+) -> tuple[Tensor, Kept | None]:
+    """-log P of the group's utterances and, if wanted, the cells that have a gradient, which is added to sums."""
+    settings = joint.settings
+    found.wait()
+    nll, *occupied = lattice.regularized(
+        spread(found.blank, group.at, group.shape),
+        spread(found.label, group.at, group.shape)[:, :, :-1],
+        group.lengths,
+        settings.topology,
+        settings.options,
+        occupancies=wanted,
+    )
+    if not wanted:
+        return nll, None
+    threshold = settings.options.occupancy_threshold
+    if threshold is None:
+        threshold = OCCUPANCY_THRESHOLD[joint.dtype]
+    kept = _keep([x for x in occupied if x is not None], group, found.labels, found.normalizer, threshold)
+    cells = Kept(kept.at, *(x.index_select(0, kept.at) for x in kept[1:]))
+    if sums is None:
+        return nll, cells._replace(at=cells.at[:0])
+    cached = int((cells.at < (0 if cache is None else group.likely)).sum())  # cells are in order
+    joint.add_gradients(cells.part(slice(0, cached)), cache, None, sums, threads)
+    joint.add_gradients(cells.part(slice(cached, None)), None, None, sums, threads)
+    return nll, cells
 
 
 class _FusedLoss(torch.autograd.Function):

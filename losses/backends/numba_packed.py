@@ -12,12 +12,13 @@ from torch import Tensor
 from losses.backends import GRADIENT_FLOOR
 from losses.backends.numba_bfloat16 import number_array, store_number
 from losses.backends.numba_rows import add_rows, gather_rows, hidden_rows, softmax_row
-from losses.backends.threads import jit, run_tasks, serial_torch
+from losses.backends.threads import jit, serial_torch, start_tasks
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Bytes: a tile of hidden states and logits lies in a core's cache, a chunk of gradients by the logits in the
-# processor's. Short utterances are taken together up to GROUP; logits of a group are kept for the gradient up to CACHE.
-TILE, GROUP, CACHE, CHUNK = 2**20, 16 * 2**20, 40 * 2**20, 6 * 2**20
+# processor's. Short utterances are taken together up to GROUP; logits of a group are kept for the gradient up to CACHE,
+# of two groups at a time.
+TILE, GROUP, CACHE, CHUNK = 2**21, 10 * 2**20, 20 * 2**20, 6 * 2**20
 LEAST_TILE = 128  # cells of a tile at least, for the matrix product's sake
 
 
@@ -63,7 +64,7 @@ def gradient_rows(
 
 
 parallel = serial_torch
-run = run_tasks
+start = start_tasks
 
 
 def shares(size: int, threads: int, most: int) -> list[slice]:

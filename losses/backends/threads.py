@@ -3,7 +3,7 @@
 Not numba's parallel=True: its OpenMP layer kills forked data workers, its workqueue layer aborts under two threads.
 
 The threads of the pool run torch operations on one thread each. Where compiled loops and matrix products take turns,
-whole tiles are handed to the pool (`run_tasks`): torch's own threads would wait for the next product in a busy loop,
+whole tiles are handed to the pool (`start_tasks`): torch's own threads would wait for the next product in a busy loop,
 and take the processor from the compiled loops between.
 """
 
@@ -116,7 +116,7 @@ def run_groups(function: Callable[[np.ndarray], None], costs: Sequence[int], inl
 
 @contextmanager
 def serial_torch() -> Iterator[int]:
-    """Torch operations of this thread run on one thread within; gives the number that was allowed, for `run_tasks`."""
+    """Torch operations of this thread run on one thread within; gives the number that was allowed."""
     count = torch.get_num_threads()
     if count > 1:
         _one_torch_thread(_pool.starting)
@@ -127,11 +127,12 @@ def serial_torch() -> Iterator[int]:
             torch.set_num_threads(count)
 
 
-def run_tasks(tasks: Sequence[Callable[[], None]], threads: int) -> None:
-    """Call each of the tasks, in any order, on so many threads of the pool.
+def start_tasks(tasks: Sequence[Callable[[], None]], threads: int) -> Callable[[], None]:
+    """Call each of the tasks, in any order, on so many threads of the pool; the result waits until all are done.
 
-    The tasks write to different places, so that the result does not depend on which thread took which. The first error
-    is raised when all threads have stopped.
+    What is started later begins when threads are free. The tasks write to different places, so that the outcome does
+    not depend on which thread took which. The first error is raised, by waiting, when all threads have stopped. With
+    one thread the caller's does the work when it waits.
     """
     todo = iter(tasks)
     lock = threading.Lock()
@@ -145,12 +146,15 @@ def run_tasks(tasks: Sequence[Callable[[], None]], threads: int) -> None:
             task()
 
     if threads == 1:
-        work()
-        return
+        return work
     started = [_pool.submit(work) for _ in range(min(threads, len(tasks)))]
-    if None in started:
-        work()
-    errors = [future.exception() for future in started if future is not None]
-    for error in errors:
-        if error is not None:
-            raise error
+
+    def wait() -> None:
+        if None in started:
+            work()
+        errors = [future.exception() for future in started if future is not None]
+        for error in errors:
+            if error is not None:
+                raise error
+
+    return wait

@@ -12,7 +12,7 @@ from losses.backends import GRADIENT_FLOOR
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Bytes of logits: few large operations, since each of them costs a launch.
-TILE, GROUP, CACHE, CHUNK = 2**26, 2**28, 2**28, 2**27
+TILE, GROUP, CACHE, CHUNK = 2**26, 2**27, 2**27, 2**27
 LEAST_TILE = 128
 
 
@@ -21,10 +21,11 @@ def parallel() -> nullcontext[int]:
     return nullcontext(1)
 
 
-def run(tasks: Sequence[Callable[[], None]], threads: int) -> None:
-    """Call each of the tasks."""
+def start(tasks: Sequence[Callable[[], None]], threads: int) -> Callable[[], None]:
+    """Call each of the tasks; there is nothing to wait for."""
     for task in tasks:
         task()
+    return lambda: None
 
 
 def shares(size: int, threads: int, most: int) -> list[slice]:

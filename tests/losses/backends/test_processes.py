@@ -154,7 +154,7 @@ def test_tasks_run_on_one_torch_thread_each_and_leave_the_setting_alone(two_thre
     seen: list[int] = []
     with threads.serial_torch() as count:
         assert count == 2 and torch.get_num_threads() == 1
-        threads.run_tasks([lambda: seen.append(torch.get_num_threads())] * 20, count)
+        threads.start_tasks([lambda: seen.append(torch.get_num_threads())] * 20, count)()
     assert seen == [1] * 20
     assert torch.get_num_threads() == 2
     later: list[int] = []
@@ -167,4 +167,4 @@ def test_tasks_run_on_one_torch_thread_each_and_leave_the_setting_alone(two_thre
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_error_of_a_task_is_raised(count: int) -> None:
     with pytest.raises(ZeroDivisionError):
-        threads.run_tasks([lambda: None, lambda: 1 // 0, lambda: None], count)  # type: ignore[list-item]
+        threads.start_tasks([lambda: None, lambda: 1 // 0, lambda: None], count)()  # type: ignore[list-item]

@@ -111,9 +111,11 @@ class Joint:
         self.sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.vocab_size, self.dim = weight.shape
         self.tile = self._cells_in(self.kernels.TILE, self.vocab_size + self.dim)
-        self.room = self._cells_in(self.kernels.CACHE, self.vocab_size)
+        self.room = self._cells_in(self.kernels.CACHE * (1 if dtype.itemsize == 2 else 2), self.vocab_size)
         self.chunk = self._cells_in(self.kernels.CHUNK, self.vocab_size)
+        self.packed = self.kernels.pack(self.weight, self.tile)
         self._buffers: dict[str, Tensor] = {}
+        self._transposed: dict[int, Tensor] = {}
 
     def _cells_in(self, size: int, row: int) -> int:
         return _filled(max(self.kernels.LEAST_TILE, size // (row * self.dtype.itemsize)))
@@ -156,7 +158,7 @@ class Joint:
             self._hidden(group.rows[part], group.columns[part], hidden[:size])
             hidden[size:] = 0
             place = None if cache is None or stop > kept else cache[start : start + hidden.shape[0]]
-            logits = self.kernels.linear(hidden, self.weight, self.bias, place)
+            logits = self.kernels.linear(hidden, self.packed, self.bias, place)
             self.kernels.gather(logits[:size], labels[part], self.settings.blank, tuple(x[part] for x in out))
 
         tasks = [
@@ -200,7 +202,7 @@ class Joint:
             self._hidden(rows, columns, hidden[part])
             logits = cache
             if logits is None:
-                logits = self.kernels.linear(hidden[filled], self.weight, self.bias, by_logits[filled])
+                logits = self.kernels.linear(hidden[filled], self.packed, self.bias, by_logits[filled])
                 at = torch.arange(rows.shape[0], device=rows.device)
             labels, *numbers = rest
             by_bias[i] = self.kernels.gradient(
@@ -209,10 +211,12 @@ class Joint:
             )  # fmt: skip
 
         def by_states(columns: slice) -> None:
-            weight = self.weight[:, columns]
+            if columns.start not in self._transposed:
+                self._transposed[columns.start] = self.kernels.pack(self.weight[:, columns].t(), self.tile)
+            weight = self._transposed[columns.start]
             for start in starts:
                 part, filled = slice(start, min(start + self.tile, count)), slice(start, start + self.tile)
-                by_hidden = by_logits[filled] @ weight
+                by_hidden = self.kernels.linear(by_logits[filled], weight, None, None)
                 self.kernels.add(
                     by_hidden[: part.stop - start], hidden[part], columns.start, kept.rows[part], kept.columns[part],
                     self.settings.activation, sums.enc, sums.pred,

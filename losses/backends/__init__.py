@@ -31,7 +31,8 @@ logits), LEAST_TILE in cells, and
     start(tasks, threads) -> wait: call each of the tasks in any order, all of them before wait() returns
     shares(size, threads, most) -> slices of range(size), at most so long, to be handed to the threads
     hidden(enc, pred, rows, columns, activation, out): out [N, J] = activation(enc[rows] + pred[columns])
-    linear(x, weight, bias, out) -> x @ weight.T + bias, in out where that is not None
+    pack(weight, rows) -> the weight as `linear` likes it for x of about so many rows
+    linear(x, weight, bias, out) -> x @ weight.T + bias, in out where that is not None; weight packed or not
     gather(logits, labels, blank, out): logits [N, V], labels int64 [N], -1 where none is left; out is log-probs of
         blank and next label (0 where none is left) and log-normaliser, [N] each, float32, or float64 for float64 logits
     gradient(logits, at, labels, blank, normalizer, blank_occ, label_occ, scale, clamp, out) -> sum over cells [V]

@@ -17,8 +17,9 @@ from losses.backends.threads import jit, serial_torch, start_tasks
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Bytes: a tile of hidden states and logits lies in a core's cache, a chunk of gradients by the logits in the
 # processor's. Short utterances are taken together up to GROUP; logits of a group are kept for the gradient up to CACHE,
-# of two groups at a time.
-TILE, GROUP, CACHE, CHUNK = 2**21, 10 * 2**20, 20 * 2**20, 6 * 2**20
+# of two groups at a time, or twice that where a logit takes four bytes.
+TILE, GROUP, CACHE, CHUNK = 2**21, 10 * 2**20, 17 * 2**20, 6 * 2**20
+PACKED = 4 * 2**20  # bytes of a weight that may be kept twice
 LEAST_TILE = 128  # cells of a tile at least, for the matrix product's sake
 
 
@@ -81,14 +82,27 @@ def hidden(enc: Tensor, pred: Tensor, rows: Tensor, columns: Tensor, activation:
     hidden_rows(*arrays, rows.numpy(), columns.numpy(), activation == "tanh", zero, number_array(out))
 
 
+def pack(weight: Tensor, rows: int) -> Tensor:
+    """See losses/backends/__init__.py. float32 up to PACKED bytes: the layout that oneDNN would otherwise
+    make anew in every product."""
+    small = weight.dtype == torch.float32 and 0 < weight.numel() * weight.itemsize <= PACKED
+    if small and _onednn():
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+    return weight
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     """See losses/backends/__init__.py. In float32 by oneDNN, a twentieth faster than torch.mm by MKL on AMD."""
-    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if weight.is_mkldnn or (weight.dtype == torch.float32 and weight.is_contiguous() and _onednn()):
         product = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product if out is None else out.copy_(product)
     if bias is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _onednn() -> bool:
+    return torch.backends.mkldnn.is_available()
 
 
 def gather(logits: Tensor, labels: Tensor, blank: int, out: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from losses import TransducerLossOptions, backends, lattice_loss, rnnt_loss, transducer_loss
+from losses import LOSSES, TransducerLossOptions, backends, lattice_loss, rnnt_loss, transducer_loss
 
 B, T, U, V, J = 4, 10, 6, 7, 5
 
@@ -36,6 +36,12 @@ def changed(name: str, index: Any, value: float) -> Callable[[dict[str, Any]], N
 
 def replaced(**values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda arguments: arguments.update(values)
+
+
+def simple(**values: Any) -> Callable[[dict[str, Any]], None]:
+    """Arguments of method "pruned"."""
+    am, lm = values.pop("am", torch.zeros(B, T, V)), values.pop("lm", torch.zeros(B, U + 1, V))
+    return replaced(method="pruned", simple=(am, lm), **values)
 
 
 JOINT = [
@@ -80,6 +86,24 @@ JOINT = [
     (replaced(topology="modified", enc_lens=torch.tensor([10, 10, 5, 10])),
      r"target_lens\[2\]=6 exceeds enc_lens\[2\]=5: topology 'modified' emits at most one token a frame"),
     (replaced(simple=(torch.zeros(1), torch.zeros(1))), r"simple is not used by method 'fused'"),
+    (changed("enc", (2, 3, 1), float("nan")), r"enc\[2\]\[3\]\[1\]=nan is not finite; leave the utterance out"),
+    (changed("pred", (1, 0, 4), float("inf")), r"pred\[1\]\[0\]\[4\]=inf is not finite"),
+    (changed("weight", (6, 0), float("-inf")), r"weight\[6\]\[0\]=-inf is not finite"),
+    (changed("bias", 5, float("nan")), r"bias\[5\]=nan is not finite"),
+    (replaced(method="pruned"), r"method 'pruned' needs simple=\(am \[B, T, V\], lm \[B, U\+1, V\]\)"),
+    (simple(am=torch.zeros(B, T, V + 1)), r"simple am\.shape\[2\]=8 differs from weight\.shape\[0\]=7"),
+    (simple(am=torch.zeros(B, T - 1, V)), r"simple am\.shape\[1\]=9 differs from enc\.shape\[1\]=10"),
+    (simple(lm=torch.zeros(B, U, V)), r"simple lm\.shape\[1\]=6 differs from targets\.shape\[1\]\+1=7"),
+    (simple(lm=torch.zeros(B, U + 1, V).double()), r"simple lm is float64 but simple am is float32"),
+    (simple(am=torch.full((B, T, V), float("nan"))), r"simple am\[0\]\[0\]\[0\]=nan is not finite"),
+    (simple(enc_lens=torch.tensor([1, 10, 10, 10])),
+     r"prune_range=5 cannot reach the last of target_lens\[0\]=6 tokens in enc_lens\[0\]=1 frames; pass prune_range=7"),
+    (simple(options=TransducerLossOptions(fastemit_lambda=0.1)),
+     r"fastemit_lambda=0\.1 is not defined for method 'pruned': FastEmit is defined on the whole lattice"),
+    (simple(options=TransducerLossOptions(alignment_power=2.0)), r"alignment_power=2\.0 is not defined for method"),
+    (simple(options=TransducerLossOptions(clamp=1.0)), r"clamp=1\.0 is not defined for method 'pruned'"),
+    (replaced(topology="constrained", options=TransducerLossOptions(fastemit_lambda=0.1)),
+     r"fastemit_lambda=0\.1 is not defined for topology 'constrained'"),
     (replaced(memory_limit="1GiB"), r"memory_limit='1GiB' cannot be kept by method 'fused'"),
 ]  # fmt: skip
 
@@ -95,9 +119,58 @@ def test_transducer_loss(change: Callable[[dict[str, Any]], None], message: str)
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 def test_options_out_of_range(value: float) -> None:
-    for name in ("fastemit_lambda", "delay_penalty"):
+    for name in ("fastemit_lambda", "delay_penalty", "clamp"):
         with pytest.raises(ValueError, match=f"{name}=.* is not a number from 0 up"):
             TransducerLossOptions(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prune_range": 1}, "prune_range=1 is below 2; published values are 5 to 10"),
+        ({"lm_only_scale": 1.5}, "lm_only_scale=1.5 is not from 0 to 1"),
+        ({"am_only_scale": -0.1}, "am_only_scale=-0.1 is not from 0 to 1"),
+        ({"lm_only_scale": 0.6, "am_only_scale": 0.6}, "lm_only_scale=0.6 and am_only_scale=0.6 sum to more than 1"),
+        ({"occupancy_threshold": 1.0}, "occupancy_threshold=1.0 is not from 0 to 1"),
+        ({"alignment_power": 0.0}, "alignment_power=0.0 is not a number above 0"),
+    ],
+)
+def test_other_options_out_of_range(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TransducerLossOptions(**values)
+
+
+@pytest.mark.parametrize("method", list(LOSSES))
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_without_the_check_wrong_tokens_spoil_their_utterance_only(method: str, reduction: str) -> None:
+    arguments = joint() | {"method": method, "check_values": False, "reduction": reduction}
+    for name in ("enc", "pred", "weight"):
+        arguments[name] = torch.randn_like(arguments[name])
+    if method == "pruned":
+        simple()(arguments)
+    good = transducer_loss(**arguments).info["utterance_loss"]
+    assert good.isfinite().all()
+    for wrong in (0, -3, V, 10**9):
+        arguments["targets"][1, 2] = wrong
+        found = transducer_loss(**arguments)
+        assert not found.loss.isfinite().all()
+        assert found.info["utterance_loss"][1].isnan()
+        assert torch.equal(found.info["utterance_loss"][[0, 2, 3]], good[[0, 2, 3]])
+
+
+def test_padding_is_not_checked() -> None:
+    arguments = joint()
+    arguments["enc_lens"][1], arguments["target_lens"][2] = 4, 3
+    arguments["enc"][1, 4:], arguments["pred"][2, 4:] = torch.nan, torch.inf
+    arguments["targets"][2, 3:] = -7
+    assert transducer_loss(**arguments).loss.isfinite()
+
+
+def test_large_values_are_finite() -> None:
+    """Their sum is not."""
+    arguments = joint()
+    arguments["enc"][:] = 3e38
+    assert transducer_loss(**arguments).loss.isfinite()
 
 
 def logits() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One method on one case, in a process of its own: correctness, peak memory, time. Prints one JSON object.
 
-Started by `python -m losses.bench`, which writes the float64 reference first.
+Started by losses/bench/run.py, which writes the float64 reference first.
 """
 
 from __future__ import annotations
@@ -13,57 +13,72 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from losses import LOSSES, TransducerLossOptions, transducer_loss
-from losses.bench.cases import Case, make
+from losses.bench import peers
+from losses.bench.cases import Case, load, make
+from losses.bench.peers import AM_ONLY_SCALE, LM_ONLY_SCALE, PRUNE_RANGE
+from losses.bench.reference import pruned_reference, reference_path
 from losses.bench.yardstick import yardstick_loss
 
 PRODUCTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 1e-2, "fp32": 1e-5}
+LOSS_TOLERANCE = {"bf16": 1e-3, "fp32": 1e-6}  # of a pruned loss and of its simple loss
 OTHER_LOAD = 0.05  # share of all processors that others may take during a sample
 LEAST_SAMPLE_S = 0.5  # shorter steps are repeated, since /proc/stat counts in hundredths of a second
-PEERS = ("torchaudio",)
+ONCE_ATTEMPTS = 3  # steps of a case that is measured once, until one is not disturbed
 THRESHOLDS = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
-Loss = Callable[[Case], Tensor]
+Info = dict[str, Any]
+Loss = Callable[[Case], tuple[Tensor, Info]]
+
+
+def is_pruned(method: str) -> bool:
+    """Whether the method takes and teaches a trivial joiner too."""
+    return method.endswith("pruned")
 
 
 def loss_function(method: str, products: str, threshold: float) -> Loss:
-    """Case -> summed loss."""
-    if method == "torchaudio":
-        from torchaudio.functional import rnnt_loss
+    """Case -> summed loss, and what the method says of it. A pruned method's simple loss is added."""
+    if method in peers.PEERS:
+        return peers.loss_function(method, products)
+    options: Info = {"occupancy_threshold": threshold}
+    if is_pruned(method):
+        options |= {"prune_range": PRUNE_RANGE, "lm_only_scale": LM_ONLY_SCALE, "am_only_scale": AM_ONLY_SCALE}
 
-        def peer(case: Case) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=products == "bf16"):
-                logits = torch.tanh(case.enc[:, :, None] + case.pred[:, None]) @ case.weight.T
-            lens = (x.int() for x in (case.targets, case.enc_lens, case.target_lens))
-            return rnnt_loss(logits.float(), *lens, blank=0, reduction="sum")
-
-        return peer
-
-    def ours(case: Case) -> Tensor:
+    def ours(case: Case) -> tuple[Tensor, Info]:
         with torch.autocast("cpu", torch.bfloat16, enabled=products == "bf16"):
-            enc, pred, weight = case.sources
-            if method == "yardstick":
-                return yardstick_loss(enc, pred, weight, case.targets, case.enc_lens, case.target_lens).sum()
-            options = TransducerLossOptions(occupancy_threshold=threshold)
-            arguments = enc, pred, weight, None, case.targets, case.enc_lens, case.target_lens
-            return transducer_loss(*arguments, method=method, reduction="sum", options=options).loss
+            arguments = case.enc, case.pred, case.weight, None, case.targets, case.enc_lens, case.target_lens
+            keywords: Info = {"method": method, "reduction": "sum", "options": TransducerLossOptions(**options)}
+            if not is_pruned(method):
+                found = transducer_loss(*arguments, **keywords)
+                return found.loss, found.info
+            assert case.am is not None and case.lm is not None
+            found = transducer_loss(*arguments, simple=(case.am, case.lm), **keywords)
+            assert found.simple_loss is not None
+            parts = {"pruned": float(found.loss.detach()), "simple": float(found.simple_loss.detach())}
+            return found.loss + found.simple_loss, {**found.info, **parts}
 
-    return ours
+    def yardstick(case: Case) -> tuple[Tensor, Info]:
+        enc, pred, weight = case.sources
+        total = yardstick_loss(enc, pred, weight, case.targets, case.enc_lens, case.target_lens).sum()
+        return total, {"kept_cells": case.padded_cells}
+
+    return yardstick if method == "yardstick" else ours
 
 
-def step(case: Case, loss: Loss) -> Tensor:
-    """Forward and backward from joiner inputs to all gradients, which are left in .grad."""
+def step(case: Case, loss: Loss) -> tuple[float, Info]:
+    """Forward and backward from joiner inputs to all gradients, left in .grad; the loss and the method's info."""
     for x in case.sources:
         x.grad = None
         x.requires_grad_()
-    total = loss(case)
+    total, info = loss(case)
     total.backward()
-    return total.detach()
+    return float(total.detach()), info
 
 
 def _memory(key: str) -> int:
@@ -74,14 +89,36 @@ def _memory(key: str) -> int:
     raise OSError(f"/proc/self/status has no {key}")
 
 
-def peak_bytes(case: Case, loss: Loss) -> tuple[int, Tensor]:
-    """Largest growth of resident memory during a step, without the gradients that it leaves; and the loss."""
-    step(make("tiny"), loss)
+def tensor_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of tensors that share no memory."""
+    return sum(x.numel() * x.itemsize for x in tensors)
+
+
+class Peak(NamedTuple):
+    """One step: growth of resident memory in bytes, loss, the method's info, seconds, other load."""
+
+    size: int
+    loss: float
+    info: Info
+    seconds: float
+    load: float
+
+
+def peak_of(case: Case, loss: Loss) -> Peak:
+    """A step, its size the largest growth of resident memory, without the gradients that the step leaves.
+
+    One step on the tiny case comes before, so that what is compiled and kept for all steps is not counted.
+    """
+    step(make("tiny", simple=case.am is not None), loss)
+    for x in case.sources:
+        x.grad = None
     Path("/proc/self/clear_refs").write_text("5")
     before = _memory("VmRSS")
-    total = step(case, loss)
-    left = sum(x.grad.numel() * x.grad.itemsize for x in case.sources if x.grad is not None)
-    return _memory("VmHWM") - before - left, total
+    watch = Watch()
+    total, info = step(case, loss)
+    seconds, load = watch.read()
+    left = tensor_bytes([x.grad for x in case.sources if x.grad is not None])
+    return Peak(_memory("VmHWM") - before - left, total, info, seconds, load)
 
 
 def errors(case: Case, gradients: list[Tensor]) -> list[float]:
@@ -92,24 +129,35 @@ def errors(case: Case, gradients: list[Tensor]) -> list[float]:
     ]
 
 
-def _processor_seconds() -> tuple[float, float, float]:
-    """(busy seconds of all processors, of this process, wall clock)."""
-    counts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
-    user, nice, system, _, _, irq, softirq, steal, *_ = counts
-    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    return busy, time.process_time(), time.perf_counter()
+class Watch:
+    """Seconds since it was made, and the share of all processors that other processes took meanwhile."""
+
+    def __init__(self) -> None:
+        self.before = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        """(busy seconds of all processors, of this process, wall clock)."""
+        counts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+        user, nice, system, _, _, irq, softirq, steal, *_ = counts
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy, time.process_time(), time.perf_counter()
+
+    def read(self) -> tuple[float, float]:
+        """(seconds, other load)."""
+        busy, own, wall = (b - a for a, b in zip(self.before, self._read(), strict=True))
+        return wall, max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
 
 
 def sample(case: Case, loss: Loss) -> tuple[list[float], float]:
     """Seconds of consecutive steps, and the share of the processors that other processes took meanwhile."""
     times: list[float] = []
-    before = _processor_seconds()
+    watch = Watch()
     while sum(times) < LEAST_SAMPLE_S:
         start = time.perf_counter()
         step(case, loss)
         times.append(time.perf_counter() - start)
-    busy, own, wall = (b - a for a, b in zip(before, _processor_seconds(), strict=True))
-    return times, max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
+    return times, watch.read()[1]
 
 
 def timed(case: Case, loss: Loss, samples: int, allow_load: bool) -> tuple[list[float], float]:
@@ -127,11 +175,11 @@ def timed(case: Case, loss: Loss, samples: int, allow_load: bool) -> tuple[list[
     return kept, max(loads, default=1.0)
 
 
-def threshold_errors(arguments: argparse.Namespace) -> dict[str, object]:
+def threshold_errors(arguments: argparse.Namespace) -> Info:
     """Largest gradient error of the method at each of several occupancy thresholds."""
     torch.set_num_threads(arguments.threads)
-    case = make(arguments.case, vocab_size=arguments.vocab_size)
-    exact = torch.load(arguments.reference)["gradients"]
+    case = load(arguments.case, arguments.folder, arguments.vocab_size)
+    exact = torch.load(reference_path(arguments.folder, arguments.case))["gradients"]
     found = {}
     for threshold in THRESHOLDS:
         step(case, loss_function(arguments.method, arguments.products, threshold))
@@ -148,44 +196,106 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, object]:
-    """The JSON object of one method on one case; "error" instead of times when the gradients are wrong."""
-    torch.set_num_threads(arguments.threads)
-    case = make(arguments.case, vocab_size=arguments.vocab_size)
-    loss = loss_function(arguments.method, arguments.products, arguments.threshold)
-    peak, total = peak_bytes(case, loss)
-    exact = torch.load(arguments.reference)
+def complaint(arguments: argparse.Namespace, case: Case, total: float, info: Info, result: Info) -> str | None:
+    """Compares the step's gradients, and a pruned method's losses, with float64; puts errors into the result.
+
+    What is wrong, or None.
+    """
+    peer, products = arguments.method in peers.PEERS, arguments.products
+    losses: dict[str, float] = {}
+    if is_pruned(arguments.method):
+        scales = LM_ONLY_SCALE, AM_ONLY_SCALE
+        exact = pruned_reference(case, info["bounds"], int(info["prune_range"]), *scales)
+        losses = {f"{name} loss": abs(info[name] / exact[name] - 1) for name in ("pruned", "simple")}
+    else:
+        exact = torch.load(reference_path(arguments.folder, arguments.case))
+        result["loss_error"] = float(f"{abs(total / exact['loss'] - 1):.2g}")
+        if arguments.method == "fused" and result["kept_cells"] is None:
+            result["kept_cells"] = exact["kept_cells"]
     found = errors(case, exact["gradients"])
-    thresholded = arguments.method == "fused"
-    result: dict[str, object] = {
+    result["gradient_errors"] = [float(f"{x:.2g}") for x in found]
+    limit = (peers.TOLERANCE if peer else TOLERANCE)[products]
+    if not max(found) <= limit:
+        return f"a gradient is off by {max(found):.1e} of its largest entry, more than {limit:g}; not timed"
+    for name, error in losses.items():
+        result[f"{name} error".replace(" ", "_")] = float(f"{error:.2g}")
+        limit = peers.TOLERANCE[products] if peer else LOSS_TOLERANCE[products]
+        if not error <= limit:
+            return f"the {name} is off by {error:.1e} of its size, more than {limit:g}; not timed"
+    return None
+
+
+def kept_cells(method: str, case: Case, info: Info) -> int | None:
+    """Cells whose gradient was computed: what the method says, else what such a method computes; None: unknown."""
+    if "kept_cells" in info:
+        return int(info["kept_cells"])
+    if method in LOSSES:
+        return None if method in ("fused", "pruned") else case.cells
+    return case.padded_cells
+
+
+def once(case: Case, loss: Loss, peak: Peak, allow_load: bool) -> tuple[list[float], float]:
+    """Seconds of the step whose memory was measured; where that was under load, of another step."""
+    found = [(peak.seconds, peak.load)]
+    while found[-1][1] > OTHER_LOAD and not allow_load and len(found) < ONCE_ATTEMPTS:
+        watch = Watch()
+        step(case, loss)
+        found.append(watch.read())
+    seconds, load = found[-1]
+    return ([seconds] if allow_load or load <= OTHER_LOAD else []), load
+
+
+def measure(arguments: argparse.Namespace) -> Info:
+    """The JSON object of one method on one case; "error" instead of times when the gradients are wrong.
+
+    --samples 0 checks and does not time. --once times the step whose memory is measured, and no other. --unchecked:
+    another case, that stands for this one, has been checked.
+    """
+    torch.set_num_threads(arguments.threads)
+    method = arguments.method
+    case = load(arguments.case, arguments.folder, arguments.vocab_size, is_pruned(method))
+    loss = loss_function(method, arguments.products, arguments.threshold)
+    peak = peak_of(case, loss)
+    inputs = tensor_bytes(case.sources)
+    result: Info = {
         "case": arguments.case,
-        "method": arguments.method,
-        "backend": "numba" if arguments.method in LOSSES else "torch",
+        "method": method,
+        "backend": "numba" if method in LOSSES else peers.PEERS.get(method, "torch"),
         "products": arguments.products,
         "threads": arguments.threads,
         "median_ms": None,
         "min_ms": None,
         "max_ms": None,
-        "peak_mb": round(peak / 2**20, 1),
-        "loss": float(total),
-        "kept_cells": exact["kept_cells"] if thresholded else exact["cells"],
+        "peak_mb": round(peak.size / 2**20, 1),
+        "loss": peak.loss,
+        "kept_cells": kept_cells(method, case, peak.info),
         "torch": torch.__version__,
         "cpu": cpu_name(),
-        "cells": exact["cells"],
-        "gradient_errors": [float(f"{x:.2g}") for x in found],
+        "cells": case.cells,
+        # B, T, U, V and J
+        "shape": [*case.enc.shape[:2], case.targets.shape[1], *case.weight.shape],
+        "threshold": arguments.threshold,
+        # inputs, their gradients and the peak above both
+        "total_mb": round((peak.size + 2 * inputs) / 2**20, 1),
     }
-    limit = TOLERANCE[arguments.products]
-    if not max(found) <= limit:
-        result["error"] = f"a gradient is off by {max(found):.1e} of its largest entry, more than {limit:g}; not timed"
+    if not arguments.unchecked:
+        wrong = complaint(arguments, case, peak.loss, peak.info, result)
+        if wrong:
+            return {**result, "error": wrong}
+    if not arguments.samples:
         return result
-    times, load = timed(case, loss, arguments.samples, arguments.allow_load)
+    if arguments.once:
+        times, others = once(case, loss, peak, arguments.allow_load)
+    else:
+        times, others = timed(case, loss, arguments.samples, arguments.allow_load)
     if not times:
         result["error"] = f"other processes took over {OTHER_LOAD:.0%} in every sample; pass --allow-load to keep them"
         return result
     for name, choose in (("median_ms", statistics.median), ("min_ms", min), ("max_ms", max)):
         result[name] = round(choose(times) * 1000, 1)
-    if load > OTHER_LOAD:
-        result["other_load"] = round(load, 2)
+    result["cells_per_s"] = round(case.cells / statistics.median(times))
+    if others > OTHER_LOAD:
+        result["other_load"] = round(others, 2)
     return result
 
 
@@ -199,9 +309,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--samples", type=int, required=True)
     found.add_argument("--threshold", type=float, required=True)
     found.add_argument("--vocab-size", type=int)
-    found.add_argument("--reference", type=Path, required=True)
-    found.add_argument("--allow-load", action="store_true")
-    found.add_argument("--error-by-threshold", action="store_true")
+    found.add_argument("--folder", type=Path, required=True)
+    for name in ("--allow-load", "--error-by-threshold", "--once", "--unchecked"):
+        found.add_argument(name, action="store_true")
     return found
 
 

@@ -25,11 +25,16 @@ def yardstick_loss(
     """-log P of each utterance [B] from enc [B, T, J], pred [B, U+1, J], weight [V, J]; blank is 0."""
     logits = torch.tanh(enc[:, :, None] + pred[:, None]) @ weight.T
     log_probs = logits.log_softmax(-1)
-    batch, frames, columns, _ = log_probs.shape
+    index = targets[:, None, :, None].expand(-1, log_probs.shape[1], -1, 1)
+    label = log_probs[:, :, :-1].gather(3, index).squeeze(3)
+    return recursion(log_probs[..., 0], label, enc_lens, target_lens)
+
+
+def recursion(blank: Tensor, label: Tensor, enc_lens: Tensor, target_lens: Tensor) -> Tensor:
+    """-log P of each utterance [B], float64, from log-probs of blank [B, T, U+1] and of the next label [B, T, U]."""
+    batch, frames, columns = blank.shape
     layers = frames + columns - 1
-    blank = _skewed(log_probs[..., 0].double(), layers)
-    index = targets[:, None, :, None].expand(-1, frames, -1, 1)
-    label = _skewed(log_probs[:, :, :-1].gather(3, index).squeeze(3).double(), layers)
+    blank, label = (_skewed(x.double(), layers) for x in (blank, label))
     alpha = torch.nn.functional.pad(blank.new_zeros(batch, 1), (0, columns - 1), value=-1e30)
     rows = [alpha]
     for d in range(1, layers):

@@ -20,7 +20,7 @@ from torch import Tensor
 from asr.config import Experiment, dump, from_dict
 from asr.data.tokenizer import Tokenizer
 from asr.errors import UserError
-from asr.models.transducer import Transducer
+from asr.models.transducer import Transducer, build_model
 
 FORMAT_VERSION = 1
 KEYS = {"config", "tokenizer", "vocab_size", "step", "epoch", "model"}
@@ -172,6 +172,12 @@ def load_weights(model: Transducer, weights: dict[str, Tensor], source: str) -> 
     if expected != found:
         names = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
         first = names[0]
+        if all(n.startswith("joiner.simple.") and (n in expected) != (n in found) for n in names):
+            there, here = ("without", "has") if first in expected else ("with", "has not")
+            raise CheckpointError(
+                f"{source} is of a model {there} the trivial joiner of loss.method=pruned, which the configured model"
+                f" {here}; keep the loss.method of that training, or begin a training of its own (--resume none)"
+            )
         raise CheckpointError(
             f"{source} is of another model: {len(names)} tensors differ, first {first}: {found.get(first, 'absent')}"
             f" there, {expected.get(first, 'absent')} in the configured model; use the configuration of that training"
@@ -195,7 +201,7 @@ def load(path: Path | str, device: str | torch.device = "cpu", overrides: dict[s
     experiment = experiment_of(payload, str(path))
     if overrides:
         experiment.decoding = dataclasses.replace(experiment.decoding, **overrides)
-    model = Transducer(experiment.model, payload["vocab_size"])
+    model = build_model(experiment, payload["vocab_size"])
     load_weights(model, payload["model"], f"checkpoint {path}")
     model.to(device).eval()
     return Loaded(

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import difflib
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from asr.models.transducer import LossConfig, ModelConfig
 from asr.training.optim import OptimConfig
 from asr.training.trainer_config import AverageConfig, TrainingConfig
 from losses import LOSSES
+from losses.api import check_combination
 
 
 @dataclass
@@ -67,6 +69,13 @@ class Experiment:
             raise UserError(f"loss.ctc_weight={self.loss.ctc_weight} must be at least 0")
         if self.loss.method not in LOSSES:
             raise UserError(f"loss.method={self.loss.method!r} is unknown; valid: {', '.join(LOSSES)}")
+        for name in ("shaping_from", "simple_loss_scale", "simple_warmup"):
+            if not 0 <= getattr(self.loss, name) <= 1:
+                raise UserError(f"loss.{name}={getattr(self.loss, name)} is not from 0 to 1")
+        try:
+            check_combination(self.loss.method, self.loss.topology, self.loss.options())
+        except ValueError as err:  # begins with the name of the option
+            raise UserError(f"loss.{err}") from None
 
 
 def dotted_keys(cls: type = Experiment, prefix: str = "") -> list[str]:
@@ -79,6 +88,19 @@ def dotted_keys(cls: type = Experiment, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(hints[entry.name]):
             keys += dotted_keys(hints[entry.name], key + ".")
     return keys
+
+
+def _may_be_null() -> set[str]:
+    """The keys whose default says "none"."""
+    return {key for key, value in _leaves(to_dict(Experiment())) if value is None}
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _nearest(key: str, valid: list[str]) -> str:
@@ -110,7 +132,7 @@ def _check_keys(tree: dict[str, Any], source: str) -> None:
                     message = f"{key} in {source} is a group of settings, not the value {value!r}; set {key}.NAME"
                     raise UserError(message)
                 visit(value, key + ".")
-            elif value is None:
+            elif value is None and key not in _may_be_null():
                 raise UserError(f"{key} in {source} has no value; give it one, or leave it out for the default")
 
     visit(tree, "")

@@ -74,6 +74,7 @@ def check_cuts(
     *,
     min_frames: int = 1,
     max_tokens_per_frame: float = 1.0,
+    max_speed: float = 1.0,
     source: str | os.PathLike[str] | None = None,
     check_audio: bool = True,
 ) -> tuple[CutSet, list[BadRow]]:
@@ -85,7 +86,8 @@ def check_cuts(
         config: features; their length decides how many tokens fit.
         min_frames: least number of encoder frames, tail included.
         max_tokens_per_frame: how many tokens the topology allows per encoder frame; 1 for searches and devices that
-            emit at most one symbol per frame.
+            emit at most one symbol per frame. Every range of the pruned loss can follow 1.
+        max_speed: the tokens must also fit when the loader plays the cut at this speed.
         source: the manifest; bad rows then carry its name and line, and without it the audio file and line 0.
         check_audio: look into the audio files too (wav: header and size; other formats are decoded).
 
@@ -97,7 +99,9 @@ def check_cuts(
     for line, cut in enumerate(cuts, 1):
         reason = _cut_problem(cut, check_audio)
         if reason is None:
-            frames = num_encoder_frames(cut.num_samples, config)
+            faster = max_speed > 1 and cut.recording is not None
+            played = cut.perturb_speed(max_speed) if faster else cut
+            frames = num_encoder_frames(played.num_samples, config)
             reason = _text_problem(cut, tokenizer, frames, min_frames, max_tokens_per_frame)
         if reason is None:
             good.append(cut)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from losses import TransducerLossOptions, TransducerLossOutput, transducer_loss
+from losses.api import USE_SIMPLE
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
@@ -37,16 +38,51 @@ def init_blank_bias(layer: nn.Linear, probability: float = 0.9) -> None:
         layer.bias[0] = math.log(probability / (1 - probability) * max(layer.out_features - 1, 1))
 
 
-class Joiner(nn.Module):
-    """logits = W act(P_e enc + P_p pred) + b (Graves 2012, as in He et al. 2019)."""
+class SimpleJoiner(nn.Module):
+    """Trivial joiner logits(t, u) = am[t] + lm[u] (Kuang et al. 2022, sec. 3.1), which finds what "pruned" computes.
 
-    def __init__(self, config: JoinerConfig, encoder_dim: int, predictor_dim: int, vocab_size: int):
+    Weights start at a quarter of torch's usual size, as in icefall's recipes.
+    """
+
+    INITIAL_SCALE = 0.25
+
+    def __init__(self, encoder_dim: int, predictor_dim: int, vocab_size: int):
+        super().__init__()
+        self.am = nn.Linear(encoder_dim, vocab_size)
+        self.lm = nn.Linear(predictor_dim, vocab_size)
+        with torch.no_grad():
+            for layer in (self.am, self.lm):
+                layer.weight.mul_(self.INITIAL_SCALE)
+                layer.bias.zero_()
+        # lm carries it, since the shares of the smoothed loss that see one side only are lm, and am with the mean of lm
+        init_blank_bias(self.lm)
+
+    def forward(self, enc: Tensor, pred: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, D] and [B, U + 1, P] to am [B, T, V] and lm [B, U + 1, V]."""
+        return self.am(enc), self.lm(pred)
+
+
+class Joiner(nn.Module):
+    """logits = W act(P_e enc + P_p pred) + b (Graves 2012, as in He et al. 2019).
+
+    simple_joiner adds the trivial joiner that losses of ``USE_SIMPLE`` need; logits and searches do not use it.
+    """
+
+    def __init__(
+        self,
+        config: JoinerConfig,
+        encoder_dim: int,
+        predictor_dim: int,
+        vocab_size: int,
+        simple_joiner: bool = False,
+    ):
         super().__init__()
         self.activation = config.activation
         self.encoder_proj = nn.Linear(encoder_dim, config.dim)
         self.predictor_proj = nn.Linear(predictor_dim, config.dim)
         self.out = nn.Linear(config.dim, vocab_size)
         init_blank_bias(self.out)
+        self.simple = SimpleJoiner(encoder_dim, predictor_dim, vocab_size) if simple_joiner else None
 
     def project_encoder(self, enc: Tensor) -> Tensor:
         """[..., D] to [..., J]."""
@@ -72,12 +108,21 @@ class Joiner(nn.Module):
         topology: str,
         reduction: str,
         options: TransducerLossOptions,
+        memory_limit: str | None = None,
     ) -> TransducerLossOutput:
         """The transducer loss of encoder frames [B, T, D] and predictor outputs [B, U + 1, P].
 
         It is called here, and not by the trainer, because a sharded module's weights are whole only while its own
         forward runs.
+
+        Raises:
+            ValueError: the method needs the trivial joiner and there is none.
         """
+        simple = None
+        if method in USE_SIMPLE:
+            if self.simple is None:
+                raise ValueError(f"loss.method={method} needs a model that was built with simple_joiner=True")
+            simple = self.simple(enc, pred)
         return transducer_loss(
             self.project_encoder(enc),
             self.project_predictor(pred),
@@ -89,7 +134,9 @@ class Joiner(nn.Module):
             method=method,
             activation=self.activation,
             topology=topology,
+            simple=simple,
             reduction=reduction,
+            memory_limit=memory_limit,
             options=options,
             check_values=False,  # the trainer leaves out batches whose loss is not finite
         )

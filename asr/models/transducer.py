@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,10 @@ from asr.models.encoders import ENCODERS, ConformerConfig
 from asr.models.joiner import Joiner, JoinerConfig, init_blank_bias
 from asr.models.predictors import PREDICTORS, PredictorConfig
 from losses import TransducerLossOptions, TransducerLossOutput
+from losses.api import USE_SIMPLE
+
+if TYPE_CHECKING:  # asr.config imports this module
+    from asr.config import Experiment
 
 
 @dataclass
@@ -43,34 +47,84 @@ class LossConfig:
     """The training objective.
 
     Args:
-        method: a key of losses.LOSSES.
+        method: a key of losses.LOSSES. "fused", "batched" and "samplewise" give the same loss; "pruned" (Kuang et al.
+            2022) gives the model a trivial joiner, and computes prune_range columns of each frame.
         topology: "modified" spends a frame on every token, as all searches here and on devices do; "regular" (Graves
             2012) may emit several in one frame. A predictor of short context cannot tell the second of two equal
             words from the first: "regular" then has to spread each over several frames, none of them sure, since a
             sure emission would be sure again in the same frame; "modified" lets it be sure.
         fastemit_lambda: FastEmit regularisation (Yu et al. 2021); 0 is off.
         delay_penalty: lambda of the delay-penalized transducer (Kang et al. 2023); 0 is off.
+        clamp: limit of each entry of the gradient by the logits; 0 is off.
         alignment_power: gamma in -(1 / gamma) log sum over alignments of P(alignment)^gamma; above 1, emissions grow
             sharp: one frame instead of several.
         shaping_from: fraction of the run after which delay_penalty and alignment_power act; they disturb a model that
             does not know its tokens yet.
-        ctc_weight: the CTC loss enters with this weight, the transducer loss with weight 1; needs ``model.ctc``.
+        occupancy_threshold: cells of the lattice up to this occupancy are left out of the gradient; null is the
+            method's default.
+        memory_limit: memory that the loss may take, such as "500MB", for methods that can keep to one; null is none.
+        prune_range: of "pruned": columns of each frame, 2 or more.
+        lm_only_scale: of "pruned": share of the predictor-only log-probs in the simple loss (Kuang et al. 2022, sec.
+            3.2).
+        am_only_scale: of "pruned": share of the encoder-only log-probs in the simple loss.
+        simple_loss_scale: of "pruned": weight of the simple loss, the trivial joiner's, after the warm-up.
+        simple_warmup: of "pruned": fraction of the run in which the weight of the simple loss falls from 1 to
+            simple_loss_scale and that of the pruned loss rises from 0.1 to 1, since bounds mean little before the
+            trivial joiner has learnt. icefall counts 2,000 steps; a fraction, as shaping_from and the fall of the
+            learning rate are, also fits a run of 400 steps.
+        ctc_weight: the CTC loss enters with this weight; needs ``model.ctc``.
     """
 
     method: str = "fused"
     topology: Literal["regular", "modified", "constrained"] = "modified"
     fastemit_lambda: float = 0.0
     delay_penalty: float = 0.0
+    clamp: float = 0.0
     alignment_power: float = 1.0
     shaping_from: float = 0.0
+    occupancy_threshold: float | None = None
+    memory_limit: str | None = None
+    prune_range: int = 5
+    lm_only_scale: float = 0.25
+    am_only_scale: float = 0.0
+    simple_loss_scale: float = 0.5
+    simple_warmup: float = 0.1
     ctc_weight: float = 0.0
+
+    def options(self, done: float = 1.0) -> TransducerLossOptions:
+        """What the loss teaches when the fraction ``done`` of the run lies behind.
+
+        Raises:
+            ValueError: a value out of range, by name.
+        """
+        shaping = done >= self.shaping_from
+        return TransducerLossOptions(
+            fastemit_lambda=self.fastemit_lambda,
+            delay_penalty=self.delay_penalty if shaping else 0.0,
+            alignment_power=self.alignment_power if shaping else 1.0,
+            clamp=self.clamp,
+            occupancy_threshold=self.occupancy_threshold,
+            prune_range=self.prune_range,
+            lm_only_scale=self.lm_only_scale,
+            am_only_scale=self.am_only_scale,
+        )
+
+    def scales(self, done: float = 1.0) -> tuple[float, float]:
+        """Weights of the simple and of the pruned loss when the fraction ``done`` of the run lies behind."""
+        warm = min(1.0, done / self.simple_warmup) if self.simple_warmup else 1.0
+        return 1.0 - warm * (1.0 - self.simple_loss_scale), 0.1 + 0.9 * warm
 
 
 class TransducerLosses(NamedTuple):
-    """Sums over the batch's utterances. loss = transducer + ctc_weight * ctc, to be divided by the trainer."""
+    """Sums over the batch's utterances, to be divided by the trainer; loss is what is minimised.
+
+    loss = transducer + ctc_weight * ctc; with a simple loss, simple_scale * simple + pruned_scale * transducer +
+    ctc_weight * ctc, by ``LossConfig.scales``. simple and ctc are None where there is none.
+    """
 
     loss: Tensor
     transducer: Tensor
+    simple: Tensor | None
     ctc: Tensor | None
 
 
@@ -81,6 +135,7 @@ class Transducer(nn.Module):
         config: architecture.
         vocab_size: V, blank (id 0) included.
         feature_mean, feature_scale: float [F], fixed buffers of the encoder; None for zeros and ones.
+        simple_joiner: add the trivial joiner that loss.method=pruned trains along.
     """
 
     def __init__(
@@ -89,13 +144,15 @@ class Transducer(nn.Module):
         vocab_size: int,
         feature_mean: Tensor | None = None,
         feature_scale: Tensor | None = None,
+        *,
+        simple_joiner: bool = False,
     ):
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
         self.encoder = ENCODERS[config.encoder_type](config.encoder, config.num_mel_bins, feature_mean, feature_scale)
         self.predictor = PREDICTORS[config.predictor.kind](config.predictor, vocab_size)
-        self.joiner = Joiner(config.joiner, self.encoder.dim, config.predictor.dim, vocab_size)
+        self.joiner = Joiner(config.joiner, self.encoder.dim, config.predictor.dim, vocab_size, simple_joiner)
         self.ctc_head = nn.Linear(self.encoder.dim, vocab_size) if config.ctc else None
         if self.ctc_head is not None:
             init_blank_bias(self.ctc_head)
@@ -117,9 +174,9 @@ class Transducer(nn.Module):
         return self.ctc_head(enc).float().log_softmax(-1)
 
     def transducer_loss(
-        self, enc: Tensor, enc_lens: Tensor, targets: Tensor, target_lens: Tensor, loss: LossConfig
+        self, enc: Tensor, enc_lens: Tensor, targets: Tensor, target_lens: Tensor, loss: LossConfig, done: float = 1.0
     ) -> TransducerLossOutput:
-        """Summed transducer loss of encoder frames [B, T', D] that are already there."""
+        """Summed transducer loss, and simple loss, of encoder frames [B, T', D] that are already there."""
         return self.joiner(
             enc,
             self.predictor(targets),
@@ -129,7 +186,8 @@ class Transducer(nn.Module):
             method=loss.method,
             topology=loss.topology,
             reduction="sum",
-            options=TransducerLossOptions(loss.fastemit_lambda, loss.delay_penalty, loss.alignment_power),
+            options=loss.options(done),
+            memory_limit=loss.memory_limit,
         )
 
     def forward(
@@ -141,6 +199,7 @@ class Transducer(nn.Module):
         loss: LossConfig,
         chunk_frames: int | None = None,
         left_context_frames: int | None = None,
+        done: float = 1.0,
     ) -> TransducerLosses:
         """Losses of one batch.
 
@@ -151,11 +210,16 @@ class Transducer(nn.Module):
             target_lens: [B] int64.
             loss: method and weights.
             chunk_frames, left_context_frames: chunk mask of this batch; None takes the encoder's configuration.
+            done: fraction of the run that lies behind, for what ``loss`` changes on the way.
         """
         enc, enc_lens = self.encode(features, feature_lens, chunk_frames, left_context_frames)
-        result = self.transducer_loss(enc, enc_lens, targets, target_lens, loss)
+        result = self.transducer_loss(enc, enc_lens, targets, target_lens, loss, done)
+        total = result.loss
+        if result.simple_loss is not None:
+            simple_scale, pruned_scale = loss.scales(done)
+            total = simple_scale * result.simple_loss + pruned_scale * result.loss
         if loss.ctc_weight == 0.0:
-            return TransducerLosses(result.loss, result.loss, None)
+            return TransducerLosses(total, result.loss, result.simple_loss, None)
         log_probs = self.ctc_log_probs(enc)
         if log_probs is None:
             raise ValueError(f"loss.ctc_weight={loss.ctc_weight} needs a CTC head; set model.ctc=true")
@@ -163,16 +227,34 @@ class Transducer(nn.Module):
             ctc = F.ctc_loss(
                 log_probs.transpose(0, 1), targets, enc_lens, target_lens, blank=0, reduction="sum", zero_infinity=True
             )
-        return TransducerLosses(result.loss + loss.ctc_weight * ctc, result.loss, ctc)
+        return TransducerLosses(total + loss.ctc_weight * ctc, result.loss, result.simple_loss, ctc)
+
+
+def build_model(
+    experiment: Experiment,
+    vocab_size: int,
+    feature_mean: Tensor | None = None,
+    feature_scale: Tensor | None = None,
+) -> Transducer:
+    """The model of an experiment: its architecture, and the trivial joiner if its loss needs one."""
+    simple = experiment.loss.method in USE_SIMPLE
+    return Transducer(experiment.model, vocab_size, feature_mean, feature_scale, simple_joiner=simple)
 
 
 def parameter_counts(model: Transducer) -> dict[str, int]:
-    """Trainable parameters by part, and their sum under "total"."""
-    parts = {"encoder": model.encoder, "predictor": model.predictor, "joiner": model.joiner, "ctc": model.ctc_head}
+    """Trainable parameters by part, and their sum under "total"; "simple", the trivial joiner, is not in "joiner"."""
+    parts = {
+        "encoder": model.encoder,
+        "predictor": model.predictor,
+        "joiner": model.joiner,
+        "simple": model.joiner.simple,
+        "ctc": model.ctc_head,
+    }
     counts = {
         name: sum(p.numel() for p in part.parameters() if p.requires_grad)
         for name, part in parts.items()
         if part is not None
     }
+    counts["joiner"] -= counts.get("simple", 0)
     counts["total"] = sum(counts.values())
     return counts

@@ -13,7 +13,7 @@ import torch
 from asr import checkpoint
 from asr.data.loader import eval_loader
 from asr.errors import UserError
-from asr.models.transducer import Transducer
+from asr.models.transducer import build_model
 from asr.training.trainer_config import AverageConfig
 from asr.training.validation import Validation, validate
 
@@ -97,7 +97,7 @@ def average(
     chosen: dict[str, Any] = {}
     for name, payload in _candidates(newest, whole, train_dir / "best.pt", config or experiment.average, say):
         tokenizer = checkpoint.tokenizer_of(payload)
-        model = Transducer(experiment.model, payload["vocab_size"])
+        model = build_model(experiment, payload["vocab_size"])
         checkpoint.load_weights(model, payload["model"], name)
         model.to(device)
         batches = eval_loader(valid_cuts, tokenizer, experiment.data, max_duration_s=limit_s)

@@ -1,8 +1,9 @@
 """How fast a preset trains: the trainer's own step on random features, timed part by part.
 
-    python -m asr.training.benchmark --preset s --precision bf16 --utterance-s 6
+    python -m asr.training.benchmark --preset s --precision bf16 --utterance-s 6 --method pruned
 
-Nothing is read from disk: the loader runs in processes of its own.
+Nothing is read from disk: the loader runs in processes of its own. Peak memory is that of the whole process: one call
+measures one method.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from asr.errors import UserError
 from asr.models.presets import PRESETS
 from asr.models.transducer import parameter_counts
 from asr.training.faults import BadBatches
+from asr.training.memory import peak_bytes
 from asr.training.trainer import TrainData, Trainer
+from losses import LOSSES
 
 FRAMES_PER_S = 100
 # a part ends where the next begins; all together are the step
@@ -147,6 +150,7 @@ def profile(trainer: Trainer, batch: Batch, steps: int, rows: int) -> str:
 def _parser() -> Parser:
     parser = Parser(prog="python -m asr.training.benchmark", description=__doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="s")
+    parser.add_argument("--method", choices=list(LOSSES), help="the same as --set loss.method=METHOD")
     parser.add_argument("--audio-s", type=float, default=100.0, help="audio seconds in a batch")
     parser.add_argument("--utterance-s", type=float, default=6.0, help="mean length of an utterance in seconds")
     parser.add_argument("--tokens-per-s", type=float, default=3.0)
@@ -168,19 +172,23 @@ def _run(argv: Sequence[str]) -> int:
     if args.threads > 0:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(args.preset, args.precision, args.vocab_size, Path(folder), args.set)
+        overrides = [*args.set, *([f"loss.method={args.method}"] if args.method else [])]
+        trainer = make_trainer(args.preset, args.precision, args.vocab_size, Path(folder), overrides)
         model = trainer.model
         num_bins = model.config.num_mel_bins
         batch = random_batch(args.audio_s, args.utterance_s, args.tokens_per_s, args.vocab_size, num_bins)
         timing = measure(trainer, batch, args.steps)
         print(
             f"preset {args.preset}, {parameter_counts(model)['total']:,} parameters, {trainer.precision},"
+            f" loss {trainer.experiment.loss.method},"
             f" {torch.get_num_threads()} threads, {batch.size} utterances, {sum(batch.durations_s):.0f} s of audio"
         )
         print(f"{timing.audio_s_per_s:.1f} audio s/s ({1e3 * timing.step_s:.1f} ms a step)")
         for name, seconds in timing.parts_s.items():
             print(f"  {name:<17}{1e3 * seconds:8.1f} ms {100 * seconds / timing.step_s:5.1f}%")
         print(f"  loss, both ways  {100 * timing.loss_share:5.1f}%")
+        if (peak := peak_bytes()) is not None:
+            print(f"peak memory of the process: {peak / 2**20:.0f} MiB")
         if args.profile:
             print(profile(trainer, batch, 5, args.profile))
     return 0

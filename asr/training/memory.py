@@ -1,9 +1,10 @@
-"""Settings of the C library's memory allocation."""
+"""Settings of the C library's memory allocation, and the memory that a process has taken."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
 
 # numbers of glibc's malloc.h
 M_TRIM_THRESHOLD = -1
@@ -23,3 +24,12 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, 2**30)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def peak_bytes() -> int | None:
+    """Most resident memory that this process has had since it began; None where there is no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)

@@ -157,9 +157,11 @@ def curves(metrics: Metrics, durations_s: Sequence[float], points: int) -> str:
     charts.append(Chart("Learning rate", [_series(metrics.train, "lr", "learning rate", 2)], zero=True))
     norm = _series(metrics.train, "grad_norm", "gradient norm", 3)
     charts.append(Chart("Gradient norm", _with_smooth(norm), log_y=_wide_range(norm.y)))
-    if any(r.get("ctc_loss") is not None for r in metrics.train):
-        parts = [*_with_smooth(_series(metrics.train, "transducer_loss", "transducer", 0)),
-                 *_with_smooth(_series(metrics.train, "ctc_loss", "CTC", 4))]  # fmt: skip
+    others = [("simple_loss", "simple", 2), ("ctc_loss", "CTC", 4)]
+    present = [other for other in others if any(r.get(other[0]) is not None for r in metrics.train)]
+    if present:
+        named = [("transducer_loss", "transducer", 0), *present]
+        parts = [series for column in named for series in _with_smooth(_series(metrics.train, *column))]
         charts.append(Chart("Parts of the training loss", parts, log_y=_wide_range([v for s in parts for v in s.y])))
     speed = _series(metrics.train, "audio_s_per_s", "audio seconds per second", 0)
     charts.append(Chart("Throughput", _with_smooth(speed), zero=True))

@@ -27,14 +27,18 @@ def load_train_data(
         UserError: a manifest that cannot be used; bad rows under ``data.strict``, or too many of them.
     """
     # stored features are used without the audio, which may be gone by now
-    check_audio = experiment.data.features.storage != "stored"
+    on_the_fly = experiment.data.features.storage != "stored"
+    # stored features hold every speed already, each as a cut of its own
+    speeds = max(experiment.data.augment.speed_factors) if on_the_fly else 1.0, 1.0
     bad: list[BadRow] = []
     good = []
     total = 0
-    for path in (train_cuts, valid_cuts):
+    for path, max_speed in zip((train_cuts, valid_cuts), speeds, strict=True):
         cuts = load_cuts(path)
         total += len(cuts)
-        kept, rows = check_cuts(cuts, tokenizer, experiment.data.features, source=path, check_audio=check_audio)
+        kept, rows = check_cuts(
+            cuts, tokenizer, experiment.data.features, max_speed=max_speed, source=path, check_audio=on_the_fly
+        )
         bad += rows
         good.append(kept)
     config = experiment.data

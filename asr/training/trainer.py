@@ -26,7 +26,7 @@ from asr.data.loader import DataConfig, eval_loader, explain_dead_worker, train_
 from asr.data.tokenizer import Tokenizer
 from asr.environment import cpu
 from asr.errors import Terminated, UserError
-from asr.models.transducer import LossConfig, Transducer, TransducerLosses, parameter_counts
+from asr.models.transducer import TransducerLosses, build_model, parameter_counts
 from asr.training.faults import BadBatches, Termination
 from asr.training.memory import keep_freed_memory
 from asr.training.metrics import MetricsWriter, ProgressLine, clock
@@ -111,8 +111,8 @@ class Trainer:
         self.line = ProgressLine()
         torch.manual_seed(_seed_of(experiment.seed, "weights"))
         stats = data.stats
-        self.model = Transducer(
-            experiment.model,
+        self.model = build_model(
+            experiment,
             data.tokenizer.vocab_size,
             None if stats is None else torch.as_tensor(stats.mean),
             None if stats is None else torch.as_tensor(stats.scale),
@@ -184,15 +184,16 @@ class Trainer:
         by_steps = self.progress.step / self.config.max_steps if self.config.max_steps else 0.0
         return max(by_steps, self.progress.consumed_s / self.total_s)
 
-    def _forward(self, batch: Batch, micro: int, loss: LossConfig) -> TransducerLosses:
+    def _forward(self, batch: Batch, micro: int, done: float) -> TransducerLosses:
         with autocast(self.precision, self.device):
             losses: TransducerLosses = self.model(
                 batch.features,
                 batch.feature_lens,
                 batch.targets,
                 batch.target_lens,
-                loss,
+                self.experiment.loss,
                 self._chunk_frames(micro),
+                done=done,
             )
         return losses
 
@@ -212,21 +213,17 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.experiment.loss
-        if done < loss.shaping_from:
-            loss = replace(loss, delay_penalty=0.0, alignment_power=1.0)
-        sums = {"loss": 0.0, "transducer_loss": 0.0, "ctc_loss": 0.0}
+        sums = {"loss": 0.0, "transducer_loss": 0.0, "simple_loss": 0.0, "ctc_loss": 0.0}
         used: list[Batch] = []
         for micro, batch in enumerate(batches):
-            losses = self._forward(batch.to(self.device, non_blocking=True), micro, loss)
+            losses = self._forward(batch.to(self.device, non_blocking=True), micro, done)
             if not bool(torch.isfinite(losses.loss)):
                 bad.skip(batch, progress.step + 1, f"non-finite loss {losses.loss.item()}")
                 continue
             (losses.loss / max(count, 1)).backward()
             used.append(batch)
-            sums["loss"] += losses.loss.item()
-            sums["transducer_loss"] += losses.transducer.item()
-            sums["ctc_loss"] += 0.0 if losses.ctc is None else losses.ctc.item()
+            for name, value in zip(sums, losses, strict=True):
+                sums[name] += 0.0 if value is None else value.item()
         used_count = self._count(used)
         if used and len(used) < len(batches):  # each was divided by the count of all: those that were skipped too
             for parameter in self.model.parameters():
@@ -245,6 +242,8 @@ class Trainer:
         progress.consumed_s += audio_s
         progress.bad_batches = bad.count
         averages: dict[str, Any] = {n: value / max(used_count, 1) if used else math.nan for n, value in sums.items()}
+        if self.model.joiner.simple is None:
+            averages["simple_loss"] = None
         if self.experiment.loss.ctc_weight == 0:
             averages["ctc_loss"] = None
         return {

@@ -21,7 +21,7 @@ from asr import checkpoint
 from asr.checkpoint import FORMAT_VERSION, CheckpointError, atomic_save
 from asr.config import Experiment
 from asr.data.tokenizer import Tokenizer, TokenizerConfig
-from asr.models.transducer import Transducer
+from asr.models.transducer import Transducer, build_model
 from tests.asr.training.runs import TOKENIZER, differences, experiment
 
 
@@ -380,3 +380,25 @@ def test_weights_of_another_model_are_refused(saved: Path) -> None:
         CheckpointError, match=r"file X is of another model: \d+ tensors differ, first ctc_head.bias: absent"
     ):
         checkpoint.load_weights(model, payload_of()["model"], "file X")
+
+
+def test_the_trivial_joiner_comes_back_and_is_missed_by_name(tmp_path: Path) -> None:
+    config = experiment("loss.method=pruned", "loss.prune_range=3")
+    torch.manual_seed(1)
+    model = build_model(config, TOKENIZER.vocab_size)
+    assert model.joiner.simple is not None
+    path = tmp_path / "a.pt"
+    atomic_save(checkpoint.make_payload(model.state_dict(), config, TOKENIZER, step=1, epoch=0), path)
+    loaded = checkpoint.load(path)
+    assert loaded.config == config and differences(loaded.model.state_dict(), model.state_dict()) == []
+    plain = build_model(experiment(), TOKENIZER.vocab_size)
+    with pytest.raises(CheckpointError, match="file X is of a model with the trivial joiner .* has not; keep the loss"):
+        checkpoint.load_weights(plain, model.state_dict(), "file X")
+    with pytest.raises(CheckpointError, match="file X is of a model without the trivial joiner .* has; keep the loss"):
+        checkpoint.load_weights(model, plain.state_dict(), "file X")
+    wider = build_model(experiment("loss.method=pruned", "model.predictor.dim=8"), TOKENIZER.vocab_size)
+    with pytest.raises(CheckpointError, match="of another model"):
+        checkpoint.load_weights(wider, plain.state_dict(), "file X")
+    narrow = {n: v[:2] if n.startswith("joiner.simple") else v for n, v in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="file X is of another model: 4 tensors differ"):
+        checkpoint.load_weights(model, narrow, "file X")

@@ -89,7 +89,7 @@ def _arm(death: Death) -> None:
     setattr(owner, name, call)
 
 
-def run(folder: Path, out: Path, death: Death | None) -> None:
+def run(folder: Path, out: Path, death: Death | None, settings: tuple[str, ...]) -> None:
     """Trains on the data in ``folder`` and writes to ``out``; goes on from what is there."""
     os.setsid()  # the data workers stay in this group: whoever is left in it was left behind
     log = open(out.with_name(out.name + ".log"), "a")
@@ -99,14 +99,14 @@ def run(folder: Path, out: Path, death: Death | None) -> None:
     torch.set_num_threads(1)
     if death is not None:
         _arm(death)
-    train(experiment(*SETTINGS), read_data(folder), out, resume="auto", command="asr train")
+    train(experiment(*SETTINGS, *settings), read_data(folder), out, resume="auto", command="asr train")
 
 
-def start(folder: Path, out: Path, death: Death | None = None) -> BaseProcess:
+def start(folder: Path, out: Path, death: Death | None = None, settings: tuple[str, ...] = ()) -> BaseProcess:
     """The run in a new process; they are forked from a process that has imported everything and done nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=run, args=(folder, out, death))
+    process = context.Process(target=run, args=(folder, out, death, settings))
     process.start()
     return process
 

@@ -94,6 +94,16 @@ def test_killed_twice_and_once_while_writing_a_checkpoint(
     assert_same(out, without_seconds(reference))
 
 
+def test_the_pruned_loss_is_resumed_within_its_warm_up(folder: Path, tmp_path: Path) -> None:
+    settings = "loss.method=pruned", "loss.prune_range=2", "loss.simple_warmup=0.8"
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    finish(start(folder, whole, None, settings), killed=False)
+    finish(start(folder, out, Death("step", 5), settings), killed=True)
+    finish(start(folder, out, None, settings), killed=False)
+    assert len(records(out, "start")) == 2
+    assert_same(out, results(whole))
+
+
 def draw(trial: int) -> tuple[Death | None, float]:
     """A point to die at within the process, or None and the moment, as a fraction of a whole run, to be killed at."""
     random_ = random.Random(trial)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from asr.training.benchmark import PARTS, main, make_trainer, measure, profile, random_batch
+from losses import LOSSES
 
 
 def test_random_batch_is_what_the_loader_could_have_made() -> None:
@@ -39,6 +40,15 @@ def test_parts_make_up_the_step(tmp_path: Path, precision: str) -> None:
 def test_profile_names_operators(tmp_path: Path) -> None:
     trainer = make_trainer("xs", "fp32", 20, tmp_path)
     assert "aten::addmm" in profile(trainer, random_batch(2.0, 1.0, 3.0, 20, 80), steps=1, rows=40)
+
+
+@pytest.mark.parametrize("method", list(LOSSES))
+def test_every_method_is_measured(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"--preset xs --audio-s 2 --utterance-s 1 --vocab-size 20 --steps 1 --precision fp32 --method {method}"
+    assert main(words.split()) == 0
+    shown = capsys.readouterr().out
+    assert f"loss {method}" in shown and all(part in shown for part in PARTS)
+    assert int(shown.split("peak memory of the process: ")[1].split(" MiB")[0]) > 100
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:

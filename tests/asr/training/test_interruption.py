@@ -251,6 +251,23 @@ def test_a_checkpoint_of_another_model_is_refused(data: TrainData, copied: Path)
     assert sorted(copied.rglob("*")) == before and len(records(copied, "start")) == 1
 
 
+def test_another_loss_goes_on_but_one_with_other_weights_is_refused(
+    data: TrainData, copied: Path, tmp_path: Path
+) -> None:
+    before = sorted(copied.rglob("*"))
+    with pytest.raises(
+        CheckpointError, match="without the trivial joiner of loss.method=pruned, .*has; keep"
+    ) as caught:
+        run(data, copied, "loss.method=pruned")
+    assert "\n" not in str(caught.value) and sorted(copied.rglob("*")) == before
+    assert run(data, copied, "loss.method=batched", "training.max_epochs=3").step == 3 * LAST
+    pruned = tmp_path / "pruned"
+    run(data, pruned, "loss.method=pruned", "training.max_steps=2")
+    with pytest.raises(CheckpointError, match="with the trivial joiner of loss.method=pruned, .*has not; keep"):
+        run(data, pruned, "loss.method=fused")
+    assert run(data, pruned, "loss.method=pruned", "training.max_steps=3").step == 3
+
+
 def test_a_checkpoint_of_another_tokenizer_is_refused(data: TrainData, copied: Path) -> None:
     other = Tokenizer.train([" ".join(word[::-1] for word in WORDS)], TokenizerConfig("word"))
     assert other.vocab_size == TOKENIZER.vocab_size

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from asr.models.transducer import Transducer
+from asr.models.transducer import build_model
 from asr.training.optim import OptimConfig, WeightAverage, learning_rate, make_optimizer
 from tests.asr.training.runs import experiment
 
@@ -72,14 +72,15 @@ def test_values_out_of_range_are_refused_by_name(values: dict) -> None:
         OptimConfig(**values)
 
 
-@pytest.mark.parametrize("predictor", ["stateless", "lstm"])
-def test_only_matrices_decay(predictor: str) -> None:
-    config = experiment(f"model.predictor.kind={predictor}", "model.ctc=true")
-    model = Transducer(config.model, 7)
+@pytest.mark.parametrize(("predictor", "method"), [("stateless", "fused"), ("lstm", "fused"), ("stateless", "pruned")])
+def test_only_matrices_decay(predictor: str, method: str) -> None:
+    config = experiment(f"model.predictor.kind={predictor}", "model.ctc=true", f"loss.method={method}")
+    model = build_model(config, 7)
     optimizer = make_optimizer(model, OptimConfig(weight_decay=0.3, betas=[0.8, 0.95], eps=1e-7))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decay = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decay.keys() == set(names.values())
+    assert ("joiner.simple.am.weight" in decay) == (method == "pruned")
     plain = {name for name, value in decay.items() if value == 0.0}
     norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
     biases = {name for name in decay if ".bias" in name}

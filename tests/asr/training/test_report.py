@@ -239,6 +239,17 @@ def test_an_end_counts_only_for_the_last_run(tmp_path: Path) -> None:
     assert read_metrics(path).end is None
 
 
+@pytest.mark.parametrize(("column", "name"), [("simple_loss", "simple"), ("ctc_loss", "CTC")])
+def test_parts_of_the_loss_are_drawn_where_there_are_any(tmp_path: Path, column: str, name: str) -> None:
+    title = "Parts of the training loss"
+    for records in ([train_record(s) for s in (1, 2)], [train_record(s, **{column: 2.5}) for s in (1, 2)]):
+        write_metrics(tmp_path / "train", [START, *records, END])
+        write_report(tmp_path / "train")
+        page = Page((tmp_path / "train" / "report.html").read_text())
+        expected = records[0].get(column) is not None
+        assert (title in page.text) == (f"transducer+{name}" in page.charts()) == expected
+
+
 def test_a_long_run_stays_below_the_limit(tmp_path: Path) -> None:
     draw = random.Random(0)
     noisy = ("grad_norm", "ctc_loss", "lr", "audio_s_per_s", "data_wait_fraction")

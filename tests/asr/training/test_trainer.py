@@ -14,11 +14,14 @@ from asr import checkpoint
 from asr.checkpoint import step_checkpoints
 from asr.config import load_experiment
 from asr.data.batch import Batch, collate
-from asr.data.loader import train_loader
+from asr.data.loader import eval_loader, train_loader
 from asr.errors import UserError
+from asr.training.averaging import average
 from asr.training.faults import BadBatches, Termination, TooManyBadBatches
 from asr.training.metrics import MetricsWriter
 from asr.training.trainer import TrainData, Trainer, train
+from asr.training.validation import validate
+from losses import LOSSES
 from tests.asr.training.runs import (
     DURATIONS_S,
     NO_DROPOUT,
@@ -155,8 +158,8 @@ SCHEMA: dict[str, dict[str, Any]] = {
     "start": {"command": str, "parameters": int, "device": str, "torch": str, "precision": str, "threads": int,
               "python": str, "machine": str, "train_cuts": int, "seed": int},
     "train": {"step": int, "epoch": int, "batch": int, "time_s": float, "loss": float, "transducer_loss": float,
-              "ctc_loss": type(None), "lr": float, "grad_norm": float, "batch_seconds": float, "batch_size": int,
-              "audio_s_per_s": float, "data_wait_fraction": float},
+              "simple_loss": type(None), "ctc_loss": type(None), "lr": float, "grad_norm": float,
+              "batch_seconds": float, "batch_size": int, "audio_s_per_s": float, "data_wait_fraction": float},
     "valid": {"step": int, "epoch": int, "time_s": float, "loss": float, "wer": float, "errors": int, "words": int},
     "end": {"step": int, "reason": str, "time_s": float},
 }  # fmt: skip
@@ -201,6 +204,40 @@ def test_ctc_and_the_interval_of_metrics(data: TrainData, tmp_path: Path) -> Non
     for r in trained:
         assert r["loss"] == pytest.approx(r["transducer_loss"] + 0.3 * r["ctc_loss"], rel=1e-5) and r["ctc_loss"] > 0
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize("method", list(LOSSES))
+def test_one_setting_chooses_the_loss(method: str, data: TrainData, tmp_path: Path) -> None:
+    settings = [f"loss.method={method}", "loss.simple_warmup=0.5", "loss.prune_range=2", "training.max_steps=4"]
+    assert run(data, tmp_path, *settings).reason == "finished"
+    trained = records(tmp_path, "train")
+    for r in trained:
+        if method == "pruned":
+            warm = min(1.0, (r["step"] - 1) / 4 / 0.5)
+            expected = (1 - 0.5 * warm) * r["simple_loss"] + (0.1 + 0.9 * warm) * r["transducer_loss"]
+            assert r["loss"] == pytest.approx(expected, rel=1e-5) and r["simple_loss"] > 0
+        else:
+            assert r["simple_loss"] is None and r["loss"] == r["transducer_loss"]
+    payload = newest(tmp_path)
+    simple = {"joiner.simple.am.weight", "joiner.simple.am.bias", "joiner.simple.lm.weight", "joiner.simple.lm.bias"}
+    for weights in (payload["model"], payload["training"]["ema"]):
+        assert {n for n in weights if "simple" in n} == (simple if method == "pruned" else set())
+    path, _ = average(tmp_path, data.valid_cuts, say=lambda text: None)
+    loaded = checkpoint.load(path)
+    assert loaded.config.loss.method == method
+    assert {n for n in loaded.model.state_dict() if "simple" in n} == (simple if method == "pruned" else set())
+
+
+def test_validation_takes_the_exact_loss_of_the_same_topology(data: TrainData, tmp_path: Path) -> None:
+    losses = {}
+    weights = make_trainer(experiment(), data, tmp_path).model.state_dict()
+    for method in ("fused", "pruned"):
+        config = experiment(f"loss.method={method}", "loss.prune_range=2", "loss.topology=regular")
+        trainer = make_trainer(config, data, tmp_path / method)
+        trainer.model.load_state_dict(weights, strict=False)
+        loader = eval_loader(data.valid_cuts, TOKENIZER, config.data)
+        losses[method] = validate(trainer.model, loader, TOKENIZER, config, trainer.device).loss
+    assert losses["pruned"] == losses["fused"]
 
 
 def test_tensorboard_shows_each_step_of_a_killed_run_once(data: TrainData, tmp_path: Path) -> None:

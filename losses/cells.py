@@ -34,7 +34,7 @@ class Group(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Cells that pruning leaves (Kuang et al. 2022, sec. 3.3): frame t of utterance b has the columns first[b, t] to
+    """Cells that pruning leaves (Kuang et al. 2022): frame t of utterance b has the columns first[b, t] to
     first[b, t] + size - 1. first int64 [B, T] on the host."""
 
     first: np.ndarray

@@ -24,7 +24,7 @@ class TransducerLossOptions:
             value of the loss does not change. None is 1e-6 where the joiner's product is in half precision, else 0.
         prune_range: S, method "pruned" only: so many columns of each frame are computed (Kuang et al. 2022); 2 or more.
         lm_only_scale, am_only_scale: method "pruned" only: shares of the predictor-only and the encoder-only
-            log-probs in the simple loss (Kuang et al. 2022, sec. 3.2), together at most 1.
+            log-probs in the simple loss (Kuang et al. 2022), together at most 1.
         backend: a name of losses.backends.BACKENDS; None takes the fastest that is always there.
     """
 

@@ -232,7 +232,7 @@ def simple_log_probs(
     """Smoothed log-probs of blank [T, U+1] and next label [T, U] of the trivial joiner am[t] + lm[u], one utterance.
 
     (1 - a - l) log-softmax(am[t] + lm[u]) + l log-softmax(lm[u]) + a log-softmax(am[t] + log mean over u of
-    softmax(lm[u]))  (Kuang et al. 2022, sec. 3.2).
+    softmax(lm[u]))  (Kuang et al. 2022).
     """
     frames, columns = am.shape[0], lm.shape[0]
     by_lm = [log_softmax(lm[u]) for u in range(columns)]

@@ -1,5 +1,5 @@
 """Loss of the trivial joiner logits(t, u) = am[t] + lm[u], and the bounds that it gives (Kuang et al. 2022, "Pruned
-RNN-T for fast, memory-efficient ASR training", sections 3.1 to 3.3).
+RNN-T for fast, memory-efficient ASR training").
 
 The normaliser of a cell is a matrix product of probabilities,
 
@@ -115,7 +115,7 @@ def largest_jump(prune_range: int, topology: str) -> int:
 
 
 def prune_bounds(blank_occ: Tensor, label_occ: Tensor, lengths: Lengths, prune_range: int, topology: str) -> Tensor:
-    """First of the prune_range columns that each frame keeps, int64 [B, T] (sec. 3.3).
+    """First of the prune_range columns that each frame keeps, int64 [B, T].
 
     Of all ranges the one with the most occupancy is taken, and then raised where that is needed for: start at column 0;
     never fall; never rise by more than an alignment can follow; end with the column of the last token. In the padding:

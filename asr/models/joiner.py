@@ -39,7 +39,7 @@ def init_blank_bias(layer: nn.Linear, probability: float = 0.9) -> None:
 
 
 class SimpleJoiner(nn.Module):
-    """Trivial joiner logits(t, u) = am[t] + lm[u] (Kuang et al. 2022, sec. 3.1), which finds what "pruned" computes.
+    """Trivial joiner logits(t, u) = am[t] + lm[u] (Kuang et al. 2022), which finds what "pruned" computes.
 
     Weights start at a quarter of torch's usual size, as in icefall's recipes.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from losses import backends, batched, fused, pruned, samplewise, shapes
+from losses.memory import Plan, Work, plan
 from losses.options import TransducerLossOptions
 from losses.result import MethodLoss
 from losses.simple import check_prune_range
@@ -42,7 +44,7 @@ class TransducerLossOutput(NamedTuple):
     simple_loss: the loss of the trivial joiner, reduced likewise, for method "pruned", else None.
     info: "method", "topology", "cells" (lattice cells, sum of T_i * (U_i+1)) and "utterance_loss", [B], detached;
         "kept_cells", those with a gradient that counts, of "fused" and "pruned"; "bounds" [B, T], the first column that
-        each frame keeps, and "prune_range" of "pruned".
+        each frame keeps, and "prune_range" of "pruned"; "memory_plan", text, where a memory_limit was given.
     """
 
     loss: Tensor
@@ -72,6 +74,22 @@ def reduce(loss: Tensor, target_lens: list[int], reduction: str) -> Tensor:
     if reduction == "mean-per-token":
         return total / max(1, sum(target_lens))
     return total
+
+
+def _plan(limit, method, enc, pred, weight, bias, simple, lengths, topology, options, shared_upstream) -> Plan:
+    """How the method keeps to the limit; detached inputs want no gradient."""
+    wanted = (
+        enc.requires_grad, pred.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad,
+    )  # fmt: skip
+    work = Work(
+        lengths, enc.shape[1], pred.shape[1], weight.shape[0], weight.shape[1],
+        torch.promote_types(enc.dtype, pred.dtype), weight.dtype,
+        shapes.product_dtype(enc, pred), wanted, shared_upstream, topology, options, enc.device,
+        threads=torch.get_num_threads() if enc.device.type == "cpu" else 1,
+        copies=sum(x.numel() * x.itemsize for x in (enc, pred, weight) if not x.is_contiguous()),
+        simple=0 if simple is None else simple[0].itemsize,
+    )  # fmt: skip
+    return plan(method, work, limit)
 
 
 def transducer_loss(
@@ -112,7 +130,11 @@ def transducer_loss(
             refuse them.
         blank: id of blank; negative ids count from the end.
         reduction: "none", "sum", "mean" (over utterances) or "mean-per-token" (sum / sum of target_lens).
-        memory_limit: only for methods that can keep to one: none so far.
+        memory_limit: bytes, as an int or as text ("2GiB", "500MB"), that the loss may take above its inputs and their
+            gradients, in forward and backward pass; see losses/memory.py. "fused" and "pruned" work in smaller pieces,
+            "samplewise" in smaller groups; where "batched" or "samplewise" would take more, "fused" stands in, with
+            the same value and, unless an occupancy_threshold is given, no cell left out. What was chosen and why is in
+            info["memory_plan"], and is logged once for each choice (logger "losses", INFO). None: no limit.
         options: see TransducerLossOptions.
         check_values: refuse tokens outside of the vocabulary and input that is not finite; None: on CPU. Without it
             they make the loss of that utterance NaN or inf, and of no other.
@@ -125,7 +147,8 @@ def transducer_loss(
 
     Raises:
         ValueError: for wrong shapes, dtypes, devices, lengths, tokens or names; says which, the value, the limit, the
-            remedy.
+            remedy. MemoryLimitError, a ValueError, when nothing keeps to memory_limit; `smallest` is the limit that
+            would be kept, in bytes.
         RuntimeError: when the gradient is differentiated again.
     """
     shapes.check_choice("method", method, tuple(LOSSES))
@@ -133,11 +156,6 @@ def transducer_loss(
     shapes.check_choice("reduction", reduction, shapes.REDUCTIONS)
     options = options or TransducerLossOptions()
     check_combination(method, topology, options)
-    if memory_limit is not None:
-        raise ValueError(
-            f"memory_limit={memory_limit!r} cannot be kept by method {method!r}; "
-            "pass memory_limit=None and smaller batches"
-        )
     lengths, blank = shapes.check_inputs(
         enc, pred, weight, bias, targets, enc_lens, target_lens, topology=topology, blank=blank
     )
@@ -154,8 +172,15 @@ def transducer_loss(
         enc, pred, weight = enc.detach(), pred.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
         simple = None if simple is None else (simple[0].detach(), simple[1].detach())
-    more = {} if simple is None else {"simple": simple}
-    found = LOSSES[method](
+    more: dict[str, Any] = {} if simple is None else {"simple": simple}
+    chosen = method
+    if memory_limit is not None:
+        shared = reduction != "none"
+        kept = _plan(memory_limit, method, enc, pred, weight, bias, simple, lengths, topology, options, shared)
+        chosen, more = kept.method, {**more, **kept.arguments}
+        if kept.exact and options.occupancy_threshold is None:
+            options = dataclasses.replace(options, occupancy_threshold=0.0)
+    found = LOSSES[chosen](
         enc,
         pred,
         weight,
@@ -175,6 +200,8 @@ def transducer_loss(
     loss, simple_loss = losses
     assert loss is not None
     info = {"method": method, "topology": topology, "cells": lengths.cells, "utterance_loss": loss.detach()}
+    if memory_limit is not None:
+        info["memory_plan"] = kept.text
     reduced = None if simple_loss is None else reduce(simple_loss, lengths.target, reduction)
     return TransducerLossOutput(reduce(loss, lengths.target, reduction), reduced, {**info, **found.found})
 

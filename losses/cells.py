@@ -93,22 +93,27 @@ def groups(
     """A batch [B, frames, columns] in groups of at most `most` cells, or of one utterance; one at a time, since the
     indices of all would be larger than the lattices.
 
-    Utterances of equal length come together, so that the padded lattices of a group are small. room >= most: cells that
-    are marked as likely.
+    Utterances of equal length come together, so that the padded lattices of a group are small. room: cells that are
+    marked as likely.
     """
-    order = sorted(range(len(lengths.enc)), key=lambda b: (lengths.enc[b], lengths.target[b]))
+    for numbers in grouping(lengths, most, bounds.size if bounds else columns):
+        yield _group(numbers, lengths, frames, columns, topology, room, device, bounds)
+
+
+def grouping(lengths: Lengths, most: int, size: int) -> list[list[int]]:
+    """Numbers of the utterances, sorted by length, in groups of at most `most` cells or one utterance; size: columns of
+    a frame that are computed."""
     chosen: list[list[int]] = []
     cells = 0
-    for b in order:
-        size = lengths.enc[b] * min(lengths.target[b] + 1, bounds.size if bounds else columns)
-        if chosen and cells + size <= most:
+    for b in sorted(range(len(lengths.enc)), key=lambda b: (lengths.enc[b], lengths.target[b])):
+        more = lengths.enc[b] * min(lengths.target[b] + 1, size)
+        if chosen and cells + more <= most:
             chosen[-1].append(b)
-            cells += size
+            cells += more
         else:
             chosen.append([b])
-            cells = size
-    for numbers in chosen:
-        yield _group(numbers, lengths, frames, columns, topology, room, device, bounds)
+            cells = more
+    return chosen
 
 
 def _group(
@@ -125,11 +130,15 @@ def _group(
     shape = len(numbers), max(own.enc), max(own.target) + 1
     pruned = (bounds.first[numbers, : shape[1]], bounds.size) if bounds else ()
     at = reachable(own, *shape[1:], topology, *pruned)
-    if at.size > room and len(numbers) == 1:
+    if at.size > room > 0 and len(numbers) == 1:
         at = _diagonal_first(at, own.enc[0], own.target[0], shape[2], room)
-    t, u = at // shape[2] % shape[1], at % shape[2]
-    utterance = np.array(numbers)[at // (shape[1] * shape[2])]
-    rows, under = utterance * frames + t, utterance * columns + u
+    # in place: these arrays are a large part of what a small lattice takes
+    rows, under = at // shape[2], at % shape[2]
+    utterance = np.array(numbers)[rows // shape[1]]
+    rows %= shape[1]
+    rows += utterance * frames
+    utterance *= columns
+    under += utterance
     cells, by_row, by_column = (torch.from_numpy(x).to(device) for x in (at, rows, under))
     return Group(numbers, own, shape, cells, by_row, by_column, min(at.size, room))
 

@@ -23,9 +23,11 @@ upstream gradient is applied to each utterance's before sums over utterances.
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -36,9 +38,8 @@ from losses.cells import OCCUPANCY_THRESHOLD, Bounds, Group, groups, next_labels
 from losses.options import TransducerLossOptions
 from losses.result import MethodLoss
 from losses.shapes import Lengths, product_dtype
+from losses.sizes import Sizes, default_sizes, filled, rows_in
 
-# Rows of matrix products are filled up to a multiple: oneDNN compiles code for each shape that it meets, and keeps it.
-ROWS = 64
 MOST_COLUMNS = 512  # columns of the weight's gradient, or of the hidden states', in one product
 
 
@@ -52,6 +53,7 @@ class Settings(NamedTuple):
     options: TransducerLossOptions
     shared_upstream: bool
     bounds: Bounds | None = None
+    sizes: Sizes | None = None  # None: those of the kernels
 
 
 class Kept(NamedTuple):
@@ -84,6 +86,10 @@ class LogProbs(NamedTuple):
     wait: Callable[[], None]
 
 
+# A group, what takes its logits, and its log-probs.
+Started = tuple[Group, Tensor | None, LogProbs]
+
+
 class Sums:
     """Gradients by enc [B * T, J], pred [B * (U+1), J], weight [V, J] and bias [V] while they are summed; None where
     none is wanted."""
@@ -110,23 +116,38 @@ class Joint:
         self.frames, self.columns = enc.shape[1], pred.shape[1]
         self.sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.vocab_size, self.dim = weight.shape
-        self.tile = self._cells_in(self.kernels.TILE, self.vocab_size + self.dim)
-        self.room = self._cells_in(self.kernels.CACHE * (1 if dtype.itemsize == 2 else 2), self.vocab_size)
-        self.chunk = self._cells_in(self.kernels.CHUNK, self.vocab_size)
-        self.packed = self.kernels.pack(self.weight, self.tile)
+        sizes = settings.sizes or default_sizes(self.kernels, dtype)
+        self.rows = rows_in(sizes, self.vocab_size, self.dim, dtype, settings.lengths.cells)
+        self.tile, self.room, self.chunk = self.rows.tile, self.rows.cache, self.rows.chunk
+        self.keep, self.few, self.most_threads = sizes.keep, sizes.few, sizes.threads
+        self.slots = 2 if sizes.overlap else 1
+        self.packed = self.weight if self.few else self.kernels.pack(self.weight, self.tile)
         self._buffers: dict[str, Tensor] = {}
         self._transposed: dict[int, Tensor] = {}
+        self._own = threading.local()
 
-    def _cells_in(self, size: int, row: int) -> int:
-        return _filled(max(self.kernels.LEAST_TILE, size // (row * self.dtype.itemsize)))
+    @contextmanager
+    def parallel(self) -> Iterator[int]:
+        """Within, torch leaves the sharing out to the kernels' `start`; gives the number of threads."""
+        with self.kernels.parallel() as threads:
+            yield min(threads, self.most_threads or threads)
 
-    def buffer(self, name: str, width: int, most: int) -> Tensor:
-        """[N, width] in the dtype of the products, N enough for `most` cells or for all; used again and again, since
-        fresh memory costs a page fault every 4 KiB."""
+    def buffer(self, name: str, width: int, rows: int) -> Tensor:
+        """[rows, width] in the dtype of the products; used again and again, since fresh memory costs a page fault every
+        4 KiB."""
         if name not in self._buffers:
-            rows = _filled(min(most, self.settings.lengths.cells))
             self._buffers[name] = self.enc.new_empty(rows, width, dtype=self.dtype)
         return self._buffers[name]
+
+    def scratch(self, name: str, rows: int, width: int) -> Tensor | None:
+        """[rows, width], the calling thread's own, where memory is limited: blocks that come and go in several threads
+        leave the allocator with holes. Else None."""
+        if not self.few:
+            return None
+        held = self._own.__dict__
+        if name not in held or held[name].numel() < rows * width:
+            held[name] = self.enc.new_empty(rows * width, dtype=self.dtype)
+        return held[name][: rows * width].view(rows, width)
 
     def sums(self, wanted: tuple[bool, bool, bool, bool]) -> Sums:
         sizes = self.enc.shape[0], self.pred.shape[0], self.vocab_size, self.dim
@@ -134,10 +155,10 @@ class Joint:
 
     def groups(self) -> Iterator[Group]:
         """The batch in groups whose logits, all or those nearest the diagonal, fit the cache."""
-        size, settings = self._cells_in(self.kernels.GROUP, self.vocab_size), self.settings
-        topology, device = settings.topology, self.enc.device
-        most, room = min(size, self.room), self.room
-        return groups(settings.lengths, self.frames, self.columns, topology, most, room, device, settings.bounds)
+        settings, device = self.settings, self.enc.device
+        most = min(self.rows.group, self.room or self.rows.group)
+        arguments = settings.lengths, self.frames, self.columns, settings.topology, most, self.room
+        return groups(*arguments, device, settings.bounds)
 
     def cache(self, number: int) -> Tensor:
         """[C, V], for the logits of the first cells of a group; one for even and one for odd groups."""
@@ -146,7 +167,7 @@ class Joint:
     def start_log_probs(self, group: Group, cache: Tensor | None, kept: int, threads: int) -> LogProbs:
         """Begin to compute the log-probs of the group's cells.
 
-        cache [C, V] takes the logits of the first `kept` cells, C >= _filled(kept).
+        cache [C, V] takes the logits of the first `kept` cells, filled up.
         """
         count = group.at.shape[0]
         labels = self.labels.index_select(0, group.columns)
@@ -154,11 +175,16 @@ class Joint:
 
         def tile(start: int, stop: int) -> None:
             part, size = slice(start, stop), stop - start
-            hidden = self.enc.new_empty(_filled(size), self.dim, dtype=self.dtype)
+            hidden = self.scratch("hidden", self.tile, self.dim)
+            if hidden is None:
+                hidden = self.enc.new_empty(filled(size), self.dim, dtype=self.dtype)
             self._hidden(group.rows[part], group.columns[part], hidden[:size])
             hidden[size:] = 0
-            place = None if cache is None or stop > kept else cache[start : start + hidden.shape[0]]
-            logits = self.kernels.linear(hidden, self.packed, self.bias, place)
+            if cache is None or stop > kept:
+                place = self.scratch("logits", self.tile, self.vocab_size)
+            else:
+                place = cache[start : start + hidden.shape[0]]
+            logits = self._linear(hidden, place)
             self.kernels.gather(logits[:size], labels[part], self.settings.blank, tuple(x[part] for x in out))
 
         tasks = [
@@ -167,6 +193,22 @@ class Joint:
             for start in range(first, last, self.tile)
         ]
         return LogProbs(labels, out[0], out[1], out[2], self.kernels.start(tasks, threads))
+
+    def _by_hidden(self, by_logits: Tensor, columns: slice) -> Tensor:
+        """Gradient by some columns of the hidden states, [N, W]."""
+        if self.few:
+            out = self.scratch("states", by_logits.shape[0], columns.stop - columns.start)
+            return torch.mm(by_logits, self.weight[:, columns], out=out)
+        if columns.start not in self._transposed:
+            self._transposed[columns.start] = self.kernels.pack(self.weight[:, columns].t(), self.tile)
+        return self.kernels.linear(by_logits, self._transposed[columns.start], None, None)
+
+    def _linear(self, hidden: Tensor, out: Tensor | None) -> Tensor:
+        if not self.few or out is None:
+            return self.kernels.linear(hidden, self.packed, self.bias, out)
+        if self.bias is None:  # the kernels' own product may be made elsewhere and copied
+            return torch.mm(hidden, self.weight.t(), out=out)
+        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
 
     def _hidden(self, rows: Tensor, columns: Tensor, out: Tensor) -> None:
         self.kernels.hidden(self.enc, self.pred, rows, columns, self.settings.activation, out)
@@ -185,8 +227,11 @@ class Joint:
 
     def _add_chunk(self, kept: Kept, cache: Tensor | None, upstream: Tensor | None, sums: Sums, threads: int) -> None:
         count = kept.rows.shape[0]
-        hidden = self.buffer("hidden", self.dim, self.chunk)[: _filled(count)]
-        by_logits = self.buffer("by_logits", self.vocab_size, self.chunk)[: _filled(count)]
+        rows = filled(count)
+        if self.few:
+            rows = self.rows.small if count <= self.rows.small else self.chunk
+        hidden = self.buffer("hidden", self.dim, self.chunk)[:rows]
+        by_logits = self.buffer("by_logits", self.vocab_size, self.chunk)[:rows]
         if upstream is None:
             scale = torch.ones_like(kept.normalizer)
         else:
@@ -202,7 +247,7 @@ class Joint:
             self._hidden(rows, columns, hidden[part])
             logits = cache
             if logits is None:
-                logits = self.kernels.linear(hidden[filled], self.packed, self.bias, by_logits[filled])
+                logits = self._linear(hidden[filled], by_logits[filled])
                 at = torch.arange(rows.shape[0], device=rows.device)
             labels, *numbers = rest
             by_bias[i] = self.kernels.gradient(
@@ -211,12 +256,9 @@ class Joint:
             )  # fmt: skip
 
         def by_states(columns: slice) -> None:
-            if columns.start not in self._transposed:
-                self._transposed[columns.start] = self.kernels.pack(self.weight[:, columns].t(), self.tile)
-            weight = self._transposed[columns.start]
             for start in starts:
                 part, filled = slice(start, min(start + self.tile, count)), slice(start, start + self.tile)
-                by_hidden = self.kernels.linear(by_logits[filled], weight, None, None)
+                by_hidden = self._by_hidden(by_logits[filled], columns)
                 self.kernels.add(
                     by_hidden[: part.stop - start], hidden[part], columns.start, kept.rows[part], kept.columns[part],
                     self.settings.activation, sums.enc, sums.pred,
@@ -228,7 +270,7 @@ class Joint:
             if total.dtype == self.dtype:
                 total.addmm_(product, hidden)
             else:
-                total += product @ hidden
+                total += torch.mm(product, hidden, out=self.scratch("weight", product.shape[0], self.dim))
 
         self.kernels.start([partial(by_cells, i) for i in range(len(starts))], threads)()
         by_logits[count:] = 0
@@ -243,55 +285,63 @@ class Joint:
                 sums.bias += x
 
 
-def _filled(count: int) -> int:
-    """The next multiple of ROWS."""
-    return -(-count // ROWS) * ROWS
-
-
 def _keep(occupied: list[Tensor], group: Group, labels: Tensor, normalizer: Tensor, threshold: float) -> Kept:
     """The cells whose occupancy exceeds the threshold, or is NaN, of a loss that is not finite."""
     blank_occ = occupied[0].reshape(-1).index_select(0, group.at)
     label_occ = torch.nn.functional.pad(occupied[1], (0, 1)).reshape(-1).index_select(0, group.at)
     chosen = torch.nonzero(~(blank_occ + label_occ <= threshold)).squeeze(1)
-    return Kept(chosen, group.rows, group.columns, labels, normalizer, blank_occ, label_occ)
+    found = group.rows, group.columns, labels, normalizer, blank_occ, label_occ
+    return Kept(chosen, *(x.index_select(0, chosen) for x in found))
 
 
-def _forward(joint: Joint, sums: Sums | None, wanted: bool, threads: int) -> tuple[Tensor, int, Kept | None]:
-    """Loss [B] and number of cells that have a gradient; adds the gradients to sums, or without them returns those
-    cells.
+def _forward(
+    joint: Joint, sums: Sums | None, wanted: bool, threads: int, upstream: Tensor | None = None
+) -> tuple[Tensor, int, Kept | None]:
+    """Loss [B] and number of cells that have a gradient; adds the gradients to sums, for an upstream gradient of 1
+    without any, or without sums returns those cells, if they are to be kept.
 
-    The log-probs of the next group are computed while the lattice of this one, which is little work for one thread,
-    goes on.
+    With two slots the log-probs of the next group are computed while the lattice of this one, which is little work for
+    one thread, goes on.
     """
     loss = joint.enc.new_zeros(len(joint.settings.lengths.enc), dtype=joint.sum_dtype)
     waiting, count = [], 0
-    started: tuple[Group, Tensor | None, LogProbs] | None = None
+    groups, number = joint.groups(), 0
+    started: deque[Started] = deque()
     try:
-        for number, group in enumerate(chain(joint.groups(), [None])):
-            finishing = started
-            if group is not None:
+        while True:
+            while len(started) < joint.slots and (group := next(groups, None)) is not None:
                 likely = 0 if sums is None else group.likely
                 cache = joint.cache(number) if likely else None
-                started = group, cache, joint.start_log_probs(group, cache, likely, threads)
-            if finishing is None:
+                started.append((group, cache, joint.start_log_probs(group, cache, likely, threads)))
+                number += 1
+            group = None  # its indices go before the largest pieces are made
+            if not started:
+                break
+            numbers = started[0][0].utterances
+            nll, cells = _lattice(joint, started[0], wanted)
+            loss[numbers] = nll.to(loss.dtype)
+            _, cache, _ = started.popleft()
+            if cells is None:
                 continue
-            nll, cells = _finish(joint, *finishing, sums, wanted, threads)
-            loss[finishing[0].utterances] = nll.to(loss.dtype)
-            if cells is not None:
-                count += cells.rows.shape[0]
-                waiting += [] if sums is not None else [cells]
+            count += cells.at.shape[0]
+            if sums is not None:
+                cached = 0 if cache is None else int((cells.at < joint.room).sum())  # cells are in order
+                joint.add_gradients(cells.part(slice(0, cached)), cache, upstream, sums, threads)
+                joint.add_gradients(cells.part(slice(cached, None)), None, upstream, sums, threads)
+            elif joint.keep:
+                waiting.append(cells._replace(at=cells.at[:0]))
+            del cells
     finally:
-        if started is not None:  # after an error: no thread may write any more
-            started[2].wait()
+        for _, _, found in started:  # after an error: no thread may write any more
+            found.wait()
     if sums is not None or not waiting:
         return loss, count, None
     return loss, count, Kept(*(torch.cat(x) for x in zip(*waiting, strict=True)))
 
 
-def _finish(
-    joint: Joint, group: Group, cache: Tensor | None, found: LogProbs, sums: Sums | None, wanted: bool, threads: int
-) -> tuple[Tensor, Kept | None]:
-    """-log P of the group's utterances and, if wanted, the cells that have a gradient, which is added to sums."""
+def _lattice(joint: Joint, started: Started, wanted: bool) -> tuple[Tensor, Kept | None]:
+    """Loss of the group's utterances, and the cells with a gradient if those are wanted."""
+    group, _, found = started
     settings = joint.settings
     found.wait()
     nll, *occupied = lattice.regularized(
@@ -307,14 +357,7 @@ def _finish(
     threshold = settings.options.occupancy_threshold
     if threshold is None:
         threshold = OCCUPANCY_THRESHOLD[joint.dtype]
-    kept = _keep([x for x in occupied if x is not None], group, found.labels, found.normalizer, threshold)
-    cells = Kept(kept.at, *(x.index_select(0, kept.at) for x in kept[1:]))
-    if sums is None:
-        return nll, cells._replace(at=cells.at[:0])
-    cached = int((cells.at < (0 if cache is None else group.likely)).sum())  # cells are in order
-    joint.add_gradients(cells.part(slice(0, cached)), cache, None, sums, threads)
-    joint.add_gradients(cells.part(slice(cached, None)), None, None, sums, threads)
-    return nll, cells
+    return nll, _keep([x for x in occupied if x is not None], group, found.labels, found.normalizer, threshold)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -353,7 +396,7 @@ def _loss(
         enc, pred, weight, bias, targets = sources
         joint = Joint(enc, pred, weight, bias, targets, dtype, settings)
         sums = joint.sums(wanted) if at_once else None
-        with joint.kernels.parallel() as threads:
+        with joint.parallel() as threads:
             loss, count, kept = _forward(joint, sums, any(wanted), threads)
     return loss, count, sums, kept
 
@@ -373,9 +416,11 @@ def _gradients(ctx, upstream: Tensor) -> list[Tensor | None]:
         enc, pred, weight, bias, targets = sources
         joint = Joint(enc, pred, weight, bias, targets, ctx.dtype, ctx.settings)
         sums = joint.sums(ctx.wanted)
-        if kept:
-            with joint.kernels.parallel() as threads:
+        with joint.parallel() as threads:
+            if kept:
                 joint.add_gradients(Kept(*kept), None, upstream, sums, threads)
+            elif not joint.keep:
+                _forward(joint, sums, True, threads, upstream)
     return [sums.enc, sums.pred, sums.weight, sums.bias]
 
 
@@ -393,12 +438,13 @@ def fused_loss(
     options: TransducerLossOptions,
     shared_upstream: bool = False,
     bounds: Bounds | None = None,
+    sizes: Sizes | None = None,
 ) -> MethodLoss:
     """-log P of each utterance from checked inputs, and "kept_cells", the number of cells that have a gradient.
 
     shared_upstream: all utterances will get the same upstream gradient; it is not checked. bounds: only these cells
-    are part of the lattice.
+    are part of the lattice. sizes: of the pieces, None for the fastest.
     """
-    settings = Settings(lengths, activation, topology, blank, options, shared_upstream, bounds)
+    settings = Settings(lengths, activation, topology, blank, options, shared_upstream, bounds, sizes)
     loss, kept_cells = _FusedLoss.apply(enc, pred, weight, bias, targets.long(), settings)
     return MethodLoss(loss, None, {"kept_cells": int(kept_cells)})

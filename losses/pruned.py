@@ -15,6 +15,7 @@ from losses.options import TransducerLossOptions
 from losses.result import MethodLoss
 from losses.shapes import Lengths
 from losses.simple import prune_bounds, simple_loss
+from losses.sizes import Sizes
 
 
 def pruned_loss(
@@ -31,10 +32,11 @@ def pruned_loss(
     blank: int,
     options: TransducerLossOptions,
     shared_upstream: bool = False,
+    sizes: Sizes | None = None,
 ) -> MethodLoss:
     """Pruned and simple -log P of each utterance from checked inputs; "bounds" [B, T], "prune_range", "kept_cells".
 
-    shared_upstream: as for losses.fused.fused_loss; the simple loss is differentiated by torch in either case.
+    shared_upstream, sizes: as for losses.fused.fused_loss; the simple loss is differentiated by torch in either case.
     """
     am, lm = simple
     trivial = simple_loss(am, lm, targets.long(), lengths, topology=topology, blank=blank, options=options)
@@ -42,7 +44,7 @@ def pruned_loss(
     full = fused_loss(
         enc, pred, weight, bias, targets, lengths,
         activation=activation, topology=topology, blank=blank, options=options, shared_upstream=shared_upstream,
-        bounds=Bounds(first.cpu().numpy(), options.prune_range),
+        bounds=Bounds(first.cpu().numpy(), options.prune_range), sizes=sizes,
     )  # fmt: skip
     found = {**full.found, "bounds": first, "prune_range": options.prune_range}
     return MethodLoss(full.loss, trivial.loss, found)

@@ -27,15 +27,16 @@ class _Settings(NamedTuple):
     lengths: Lengths
     chosen: dict
     shared_upstream: bool
+    group: int
 
 
-def _groups(lengths: Lengths, vocab_size: int) -> list[list[int]]:
-    """Numbers of the utterances, sorted by length, in groups of at most GROUP padded logits or one utterance."""
+def groups_within(lengths: Lengths, vocab_size: int, most: int) -> list[list[int]]:
+    """Numbers of the utterances, sorted by length, in groups of at most `most` padded logits or one utterance."""
     groups: list[list[int]] = []
     frames = columns = 0
     for b in sorted(range(len(lengths.enc)), key=lambda b: (lengths.enc[b], lengths.target[b])):
         frames, columns = max(frames, lengths.enc[b]), max(columns, lengths.target[b] + 1)
-        if groups and (len(groups[-1]) + 1) * frames * columns * vocab_size <= GROUP:
+        if groups and (len(groups[-1]) + 1) * frames * columns * vocab_size <= most:
             groups[-1].append(b)
         else:
             groups.append([b])
@@ -60,7 +61,7 @@ class _SamplewiseLoss(torch.autograd.Function):
         at_once = settings.shared_upstream and any(ctx.wanted)
         sums = _zeros(sources, ctx.wanted) if at_once else []
         loss = enc.new_zeros(enc.shape[0], dtype=torch.promote_types(enc.dtype, torch.float32))
-        for numbers in _groups(settings.lengths, weight.shape[0]):
+        for numbers in groups_within(settings.lengths, weight.shape[0], settings.group):
             if at_once:
                 loss[numbers] = _add_gradients(sums, sources, targets, numbers, settings, None)
             else:
@@ -83,7 +84,7 @@ class _SamplewiseLoss(torch.autograd.Function):
                 gradients = lattice.scale_(sums, upstream)
             else:
                 gradients = _zeros(sources, ctx.wanted)
-                for numbers in _groups(ctx.settings.lengths, weight.shape[0]):
+                for numbers in groups_within(ctx.settings.lengths, weight.shape[0], ctx.settings.group):
                     _add_gradients(gradients, sources, targets, numbers, ctx.settings, upstream)
             gradients = [None if g is None else g.to(x.dtype) for g, x in zip(gradients, sources, strict=True)]
         if torch.is_grad_enabled():
@@ -144,11 +145,13 @@ def samplewise_loss(
     blank: int,
     options: TransducerLossOptions,
     shared_upstream: bool = False,
+    group: int | None = None,
 ) -> MethodLoss:
     """-log P of each utterance from checked inputs.
 
-    shared_upstream: all utterances will get the same upstream gradient; it is not checked.
+    shared_upstream: all utterances will get the same upstream gradient; it is not checked. group: logits of utterances
+    that are computed together, None for GROUP.
     """
     chosen = {"activation": activation, "topology": topology, "blank": blank, "options": options}
-    settings = _Settings(lengths, chosen, shared_upstream)
+    settings = _Settings(lengths, chosen, shared_upstream, GROUP if group is None else group)
     return MethodLoss(_SamplewiseLoss.apply(enc, pred, weight, bias, targets, settings))

@@ -98,8 +98,10 @@ def simple_loss(
         return SimpleLoss((am.sum() + lm.sum()) * am.new_zeros(0), *none)
     blanks: list[Tensor] = []
     labels: list[Tensor] = []
-    for b, (t, u) in enumerate(zip(lengths.enc, lengths.target, strict=True)):
-        found = _log_probs(am[b, :t].to(dtype), lm[b, : u + 1].to(dtype), targets[b, :u], blank, options)
+    # not am[b]: its backward pass would make a gradient of the size of am for each utterance
+    rows = zip(am.unbind(), lm.unbind(), targets, lengths.enc, lengths.target, strict=True)
+    for own_am, own_lm, own_targets, t, u in rows:
+        found = _log_probs(own_am[:t].to(dtype), own_lm[: u + 1].to(dtype), own_targets[:u], blank, options)
         size = (0, columns - u - 1, 0, frames - t)
         blanks.append(torch.nn.functional.pad(found[0], size))
         labels.append(torch.nn.functional.pad(found[1], size))

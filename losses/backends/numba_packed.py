@@ -16,9 +16,9 @@ from losses.backends.threads import jit, serial_torch, start_tasks
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Bytes: a tile of hidden states and logits lies in a core's cache, a chunk of gradients by the logits in the
-# processor's. Short utterances are taken together up to GROUP; logits of a group are kept for the gradient up to CACHE,
-# of two groups at a time, or twice that where a logit takes four bytes.
-TILE, GROUP, CACHE, CHUNK = 2**21, 10 * 2**20, 17 * 2**20, 6 * 2**20
+# processor's. Short utterances are taken together up to GROUP; logits are kept for the gradient up to CACHE of each of
+# two groups at a time, or CACHE_OF_ONE.
+TILE, GROUP, CACHE, CACHE_OF_ONE, CHUNK = 2**21, 10 * 2**20, 20 * 2**20, 52 * 2**20, 6 * 2**20
 PACKED = 4 * 2**20  # bytes of a weight that may be kept twice
 LEAST_TILE = 128  # cells of a tile at least, for the matrix product's sake
 

@@ -104,7 +104,9 @@ JOINT = [
     (simple(options=TransducerLossOptions(clamp=1.0)), r"clamp=1\.0 is not defined for method 'pruned'"),
     (replaced(topology="constrained", options=TransducerLossOptions(fastemit_lambda=0.1)),
      r"fastemit_lambda=0\.1 is not defined for topology 'constrained'"),
-    (replaced(memory_limit="1GiB"), r"memory_limit='1GiB' cannot be kept by method 'fused'"),
+    (replaced(memory_limit="many"), r"memory_limit='many' is not a size; pass a number with one of B, KB, MB"),
+    (replaced(memory_limit=0), r"memory_limit=0 is not a size above 0; pass None for no limit"),
+    (replaced(memory_limit=10), r"memory_limit=10: the smallest limit that fits is .*iB, mostly for .*; pass that"),
 ]  # fmt: skip
 
 

@@ -13,8 +13,9 @@ import torch
 from losses import TransducerLossOptions, transducer_loss
 from losses.backends import numba_packed, torch_packed
 from losses.cells import OCCUPANCY_THRESHOLD, groups
-from losses.fused import ROWS, fused_loss
+from losses.fused import fused_loss
 from losses.shapes import Lengths, check_inputs
+from losses.sizes import ROWS
 from tests.losses.problems import CASES, OWN_BACKENDS, Problem, assert_close, cells_by_enumeration, make
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +67,7 @@ def test_tiles_chunks_and_caches_of_any_size(
         monkeypatch.setattr(module, "CHUNK", 800)
         monkeypatch.setattr(module, "GROUP", cache)
         monkeypatch.setattr(module, "CACHE", cache)
+        monkeypatch.setattr(module, "CACHE_OF_ONE", cache)
         monkeypatch.setattr(module, "LEAST_TILE", 2)
     problem = make(topology, name)
     if shared:

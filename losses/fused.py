@@ -161,8 +161,8 @@ class Joint:
         return groups(*arguments, device, settings.bounds)
 
     def cache(self, number: int) -> Tensor:
-        """[C, V], for the logits of the first cells of a group; one for even and one for odd groups."""
-        return self.buffer(f"cache {number % 2}", self.vocab_size, self.room)
+        """[C, V], for the logits of the first cells of a group; one for each of the groups that are under way."""
+        return self.buffer(f"cache {number % self.slots}", self.vocab_size, self.room)
 
     def start_log_probs(self, group: Group, cache: Tensor | None, kept: int, threads: int) -> LogProbs:
         """Begin to compute the log-probs of the group's cells.

@@ -25,9 +25,10 @@ def yardstick_loss(
     """-log P of each utterance [B] from enc [B, T, J], pred [B, U+1, J], weight [V, J]; blank is 0."""
     logits = torch.tanh(enc[:, :, None] + pred[:, None]) @ weight.T
     log_probs = logits.log_softmax(-1)
+    blank = log_probs[..., 0]  # first: in the other order autograd holds one more array of the size of the logits
     index = targets[:, None, :, None].expand(-1, log_probs.shape[1], -1, 1)
     label = log_probs[:, :, :-1].gather(3, index).squeeze(3)
-    return recursion(log_probs[..., 0], label, enc_lens, target_lens)
+    return recursion(blank, label, enc_lens, target_lens)
 
 
 def recursion(blank: Tensor, label: Tensor, enc_lens: Tensor, target_lens: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from losses.result import MethodLoss
 from losses.shapes import Lengths, product_dtype
 from losses.sizes import Sizes, default_sizes, filled, rows_in
 
+LEAST_SHARE = 8  # a cache that holds less than one in so many cells of an utterance is not worth its memory
 MOST_COLUMNS = 512  # columns of the weight's gradient, or of the hidden states', in one product
 
 
@@ -119,6 +120,9 @@ class Joint:
         sizes = settings.sizes or default_sizes(self.kernels, dtype)
         self.rows = rows_in(sizes, self.vocab_size, self.dim, dtype, settings.lengths.cells)
         self.tile, self.room, self.chunk = self.rows.tile, self.rows.cache, self.rows.chunk
+        largest = max((t * (u + 1) for t, u in zip(*settings.lengths, strict=True)), default=0)
+        if self.room * LEAST_SHARE < largest and settings.bounds is None:
+            self.room = 0
         self.keep, self.few, self.most_threads = sizes.keep, sizes.few, sizes.threads
         self.slots = 2 if sizes.overlap else 1
         self.packed = self.weight if self.few else self.kernels.pack(self.weight, self.tile)

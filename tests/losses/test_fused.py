@@ -13,7 +13,7 @@ import torch
 from losses import TransducerLossOptions, transducer_loss
 from losses.backends import numba_packed, torch_packed
 from losses.cells import OCCUPANCY_THRESHOLD, groups
-from losses.fused import fused_loss
+from losses.fused import Joint, Settings, fused_loss
 from losses.shapes import Lengths, check_inputs
 from losses.sizes import ROWS
 from tests.losses.problems import CASES, OWN_BACKENDS, Problem, assert_close, cells_by_enumeration, make
@@ -172,3 +172,14 @@ def test_products_come_in_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
         lens = torch.tensor([frames, frames - 7]), torch.tensor([10, 4])
         transducer_loss(enc, pred, weight, None, torch.ones(2, 10, dtype=torch.int64), *lens).loss.backward()
     assert all(n % ROWS == 0 for n in rows) and len(rows) <= 10
+
+
+def test_no_cache_where_it_would_hold_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size, expected in ((2, 0), (80, 128)):
+        monkeypatch.setattr(numba_packed, "CACHE_OF_ONE", size * 1024)
+        monkeypatch.setattr(numba_packed, "LEAST_TILE", 2)
+        problem = make("regular", "odd sizes", dtype=torch.float32, vocab=160, dim=6)
+        lengths, blank = check_inputs(*problem.arguments(), topology="regular", blank=0)
+        settings = Settings(lengths, "tanh", "regular", blank, TransducerLossOptions(), True)
+        joint = Joint(*problem.parameters, problem.targets, torch.float32, settings)
+        assert joint.room == expected

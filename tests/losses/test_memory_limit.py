@@ -189,12 +189,6 @@ def test_memory_of_three_problems() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(5400)
-def test_memory_of_fifty_problems() -> None:
-    kept_to([command.measure(command.draw(s)) for s in range(50)])
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("method", ["pruned", "batched", "samplewise"])
 def test_memory_of_other_methods(method: str) -> None:
@@ -205,3 +199,9 @@ def test_memory_of_other_methods(method: str) -> None:
         for share in (1.0, 0.5, 0.0):
             tried = max(int(limit * share), command.smallest_limit(problem, method))
             assert command.child(problem, method, str(tried))["peak"] <= tried
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5400)
+def test_memory_of_fifty_problems() -> None:
+    kept_to([command.measure(command.draw(s)) for s in range(50)])

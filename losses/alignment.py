@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from losses import backends, batched, fused, shapes
+from losses import backends, batched, joint, shapes
 from losses.lattice import forward_backward, step_scores
 from losses.options import TransducerLossOptions
 from losses.shapes import Lengths, check_lattice
@@ -231,23 +231,23 @@ def align(
     )
     shapes.check_targets(targets, lengths.target, weight.shape[0], blank)
     options = TransducerLossOptions(backend=backend)
-    settings = fused.Settings(lengths, activation, topology, blank, options, shared_upstream=False)
+    settings = joint.Settings(lengths, activation, topology, blank, options, shared_upstream=False)
     blank_lp, label_lp = _joint_log_probs(enc, pred, weight, bias, targets, settings)
     return _posterior_alignment(blank_lp, label_lp, lengths, topology, backend)
 
 
 def _joint_log_probs(
-    enc: Tensor, pred: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: fused.Settings
+    enc: Tensor, pred: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: joint.Settings
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of blank [B, T, U+1] and next label [B, T, U], 0 in cells that no alignment reaches."""
     dtype = shapes.product_dtype(enc, pred)
     with torch.autocast(enc.device.type, enabled=False):
-        joint = fused.Joint(enc, pred, weight, bias, targets.long(), dtype, settings)
-        columns = joint.columns
-        blank_lp, label_lp = (enc.new_zeros(*enc.shape[:2], columns, dtype=joint.sum_dtype) for _ in range(2))
-        with joint.kernels.parallel() as threads:
-            for group in joint.groups():
-                found = joint.start_log_probs(group, None, 0, threads)
+        joiner = joint.Joint(enc, pred, weight, bias, targets.long(), dtype, settings)
+        columns = joiner.columns
+        blank_lp, label_lp = (enc.new_zeros(*enc.shape[:2], columns, dtype=joiner.sum_dtype) for _ in range(2))
+        with joiner.kernels.parallel() as threads:
+            for group in joiner.groups():
+                found = joiner.start_log_probs(group, None, 0, threads)
                 found.wait()
                 cells = group.rows * columns + group.columns % columns
                 blank_lp.view(-1)[cells] = found.blank

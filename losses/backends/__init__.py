@@ -30,13 +30,20 @@ taken at a time, CACHE_OF_ONE otherwise, CHUNK of gradients by the logits), LEAS
     parallel() -> context that gives a number of threads
     start(tasks, threads) -> wait: call each of the tasks in any order, all of them before wait() returns
     shares(size, threads, most) -> slices of range(size), at most so long, to be handed to the threads
+    width(vocab_size, dtype) -> columns of logits in dtype, at least vocab_size, that products are fast with
+    estimates(dtype) -> dtype whose products are so much faster that they may tell which cells count, or None
     hidden(enc, pred, rows, columns, activation, out): out [N, J] = activation(enc[rows] + pred[columns])
+    scores(enc, pred, rows, columns, activation, weight, bias, labels, blank, out, logits): for half precision, hidden
+        and the logits [N] of blank and next label (0 where none is left) from hidden states that are not rounded
     pack(weight, rows) -> the weight as `linear` likes it for x of about so many rows
     linear(x, weight, bias, out) -> x @ weight.T + bias, in out where that is not None; weight packed or not
     gather(logits, labels, blank, out): logits [N, V], labels int64 [N], -1 where none is left; out is log-probs of
         blank and next label (0 where none is left) and log-normaliser, [N] each, float32, or float64 for float64 logits
-    gradient(logits, at, labels, blank, normalizer, blank_occ, label_occ, scale, clamp, out) -> sum over cells [V]
-        cell n has logits[at[n]]; out [N, V] is the gradient as above times scale [N], in the dtype of logits
+    normalize(logits, vocab_size, labels, blank, out): the same where out brings the logits of blank and label, which
+        count instead of those in logits [N, width]; there the two are lost
+    gradient(logits, vocab_size, at, labels, blank, normalizer, blank_lp, label_lp, blank_occ, label_occ, scale, clamp,
+        out) -> sum over cells [V]. Cell n has logits[at[n]], but at blank and label the log-probs count; out [N, width]
+        is the gradient as above times scale [N], in the dtype of logits, 0 beyond vocab_size
     add(gradient, hidden, first, rows, columns, activation, enc_gradient, pred_gradient): adds the gradient [N, W] by
         columns first..first+W of hidden [N, J], through the activation, to the rows of enc_gradient and pred_gradient
 

@@ -10,20 +10,14 @@ import torch
 from torch import Tensor
 
 from losses.backends import GRADIENT_FLOOR
-from losses.backends.numba_bfloat16 import load_number, number_array, store_number
-from losses.backends.numba_rows import log_sum_exp, softmax_row
+from losses.backends.numba_bfloat16 import load_number, number_array
+from losses.backends.numba_rows import log_sum_exp, round_row, softmax_row
 from losses.backends.threads import jit, run_groups
 from losses.shapes import Lengths
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SMALL_PROBLEM = 2**15  # logits below which handing work to another thread costs more than it saves
 TILE = 2**17  # logits of a piece of work
-
-
-@jit
-def _round_row(row, out):
-    for i in range(row.size):
-        out[i] = store_number(row[i], out[i])
 
 
 @jit
@@ -98,7 +92,7 @@ def gradient_tiles(
                         x = work[i]
                         x = clamp if x > clamp else x
                         work[i] = (-clamp if x < -clamp else x) * scale
-                _round_row(work, out)
+                round_row(work, out)
 
 
 def _tiles(lens: list[int], row: int) -> np.ndarray:

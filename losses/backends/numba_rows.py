@@ -1,7 +1,7 @@
 """Compiled loops over rows of logits [N, V] and of hidden states [N, J] that the kernels on CPU share.
 
 float32 and float64 as they are, bfloat16 through its bits; sums of float32 are kept in blocks and added in float64. Exp
-is a short polynomial here and not a library call, so that the compiler vectorises the loops.
+and tanh are short polynomials here and not library calls, so that the compiler vectorises the loops.
 """
 
 # Compiled code: an intrinsic is called without the context that its definition takes.
@@ -23,10 +23,15 @@ BLOCK = 256  # logits summed in their own precision before they are added in flo
 F = np.float32
 ROUND = F(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
 LOWEST = F(-87.0)  # exp of less is denormal
-LOG2E, LN2_HIGH, LN2_LOW = F(1.44269504), F(0.693359375), F(-2.12194440e-4)
+HIGHEST = F(87.0)
+LARGEST = 1e37  # of a sum of exp that was not cut off at HIGHEST
+LOG2E, LN2 = F(1.44269504), F(0.69314718)
 P0, P1, P2 = F(1.9875691500e-4), F(1.3981999507e-3), F(8.3334519073e-3)
 P3, P4, P5 = F(4.1665795894e-2), F(1.6666665459e-1), F(5.0000001201e-1)
-ONE, TWO = F(1.0), F(2.0)
+ONE = F(1.0)
+TANH_END = F(8.0)
+TANH_P1, TANH_P2, TANH_P3, TANH_P4 = F(0.13444497), F(3.5715969e-3), F(2.1894646e-5), F(1.5230395e-8)
+TANH_Q1, TANH_Q2, TANH_Q3, TANH_Q4 = F(0.46777824), F(0.026164439), F(3.4112905e-4), F(8.522437e-7)
 
 
 def _bits(context, builder, value):
@@ -79,10 +84,13 @@ def _value_of_order(typing_context, order):
 
 @jit
 def exp32(x):
-    """exp(x) for float32 x in [-87, 87] to 2 ulp; NaN stays NaN (Cephes expf)."""
+    """exp(x) for float32 x in [-87, 87], relative error 3e-7; NaN stays NaN (Cephes expf).
+
+    ln 2 is not split: fused multiply-add, where the processor has it, rounds n * LN2 once only.
+    """
     shifted = x * LOG2E + ROUND
     n = shifted - ROUND
-    r = x - n * LN2_HIGH - n * LN2_LOW
+    r = x - n * LN2
     p = P0 * r + P1
     p = p * r + P2
     p = p * r + P3
@@ -94,16 +102,36 @@ def exp32(x):
 
 @jit_reordering  # the sum may be reordered, and so vectorised; exp32 is compiled apart, without that freedom
 def _sum_block(row, high):
-    """Sum of exp(row - high) in float32."""
+    """Sum of exp(row - high) in float32, each term cut off at both ends."""
     total = F(0.0)
     for i in range(row.size):
         x = load_number(row[i]) - high
-        total += exp32(LOWEST if x < LOWEST else x)
+        x = LOWEST if x < LOWEST else x
+        total += exp32(HIGHEST if x > HIGHEST else x)
+    return total
+
+
+@jit
+def _sum_exp32(row, high):
+    """Sum of exp(row - high) in float64; over LARGEST or NaN where a term may have been cut off."""
+    total = 0.0
+    for start in range(0, row.size, BLOCK):
+        total += _sum_block(row[start : start + BLOCK], high)
     return total
 
 
 @jit
 def _log_sum_exp32(row):
+    # any logit can be the reference unless one is much larger: no pass for the maximum in most rows
+    high = load_number(row[0])
+    total = _sum_exp32(row, high)
+    if total < LARGEST:
+        return F(high + math.log(total))
+    return _log_sum_exp_by_maximum(row)
+
+
+@jit
+def _log_sum_exp_by_maximum(row):
     highest = _order(load_number(row[0]))
     for i in range(row.size):
         k = _order(load_number(row[i]))
@@ -111,10 +139,7 @@ def _log_sum_exp32(row):
     high = _value_of_order(highest)
     if high == -np.inf:
         return high
-    total = 0.0
-    for start in range(0, row.size, BLOCK):
-        total += _sum_block(row[start : start + BLOCK], high)
-    return F(high + math.log(total))
+    return F(high + math.log(_sum_exp32(row, high)))
 
 
 @jit
@@ -169,16 +194,19 @@ def _choose_softmax_row(row, normalizer, taken, floor, out):
 
 
 def _tanh(x):
-    """Chosen by type at compile time; float32: 1e-7 off where it is near 0."""
+    """Chosen by type at compile time; float32: relative error 4e-7."""
     raise NotImplementedError("compiled only")
 
 
 @jit
 def _tanh32(x):
-    x = x + x
-    x = LOWEST if x < LOWEST else x
-    x = -LOWEST if x > -LOWEST else x
-    return ONE - TWO / (ONE + exp32(x))
+    """x P(x^2) / Q(x^2), fitted to the least largest relative error in [-8, 8]; tanh(8) rounds to 1 - 1.2e-7."""
+    x = -TANH_END if x < -TANH_END else x
+    x = TANH_END if x > TANH_END else x
+    s = x * x
+    p = (((TANH_P4 * s + TANH_P3) * s + TANH_P2) * s + TANH_P1) * s + ONE
+    q = (((TANH_Q4 * s + TANH_Q3) * s + TANH_Q2) * s + TANH_Q1) * s + ONE
+    return x * p / q
 
 
 @jit
@@ -212,6 +240,69 @@ def hidden_rows(enc, pred, rows, columns, tanh, zero, hidden):
             _tanh_row(enc[rows[n]], pred[columns[n]], hidden[n])
         else:
             _relu_row(enc[rows[n]], pred[columns[n]], hidden[n], zero)
+
+
+@jit_reordering
+def _dot(row, other):
+    """In the precision of row."""
+    total = row[0] - row[0]
+    for i in range(row.size):
+        total += row[i] * load_number(other[i])
+    return total
+
+
+@jit
+def round_row(row, out):
+    for i in range(row.size):
+        out[i] = store_number(row[i], out[i])
+
+
+@jit
+def score_rows(enc, pred, rows, columns, tanh, zero, weight, bias, labels, blank, hidden, blank_logit, label_logit):
+    """hidden_rows, and the logits of blank and of the next label (0 where none is left) from the hidden states before
+    they are rounded; bias [V] may be empty."""
+    work = np.empty(hidden.shape[1], blank_logit.dtype)
+    for n in range(rows.size):
+        if tanh:
+            _tanh_row(enc[rows[n]], pred[columns[n]], work)
+        else:
+            _relu_row(enc[rows[n]], pred[columns[n]], work, zero)
+        blank_logit[n] = _dot(work, weight[blank])
+        label = labels[n]
+        label_logit[n] = _dot(work, weight[label]) if label >= 0 else zero
+        if bias.size > 0:
+            blank_logit[n] += load_number(bias[blank])
+            if label >= 0:
+                label_logit[n] += load_number(bias[label])
+        round_row(work, hidden[n])
+
+
+@jit
+def normalize_rows(logits, vocab_size, labels, blank, blank_lp, label_lp, normalizer):
+    """Log-probs from logits [N, V or more] whose columns of blank and next label are known better: blank_lp and
+    label_lp bring those logits. The two columns of `logits` are -inf afterwards."""
+    for n in range(labels.size):
+        row = logits[n][:vocab_size]
+        label = labels[n]
+        blank_logit, label_logit = blank_lp[n], label_lp[n]
+        row[blank] = store_number(F(-np.inf), row[blank])
+        if label >= 0:
+            row[label] = store_number(F(-np.inf), row[label])
+        else:
+            label_logit = F(-np.inf)
+        high = blank_logit if blank_logit > label_logit else label_logit
+        total = _sum_exp32(row, high)
+        if not total < LARGEST:  # NaN, or others are far above both
+            others = _log_sum_exp_by_maximum(row)
+            high = high if high > others else others
+            total = math.exp(others - high) if others > -np.inf else 0.0
+        total += math.exp(blank_logit - high)
+        if label >= 0:
+            total += math.exp(label_logit - high)
+        norm = F(high + math.log(total))
+        normalizer[n] = norm
+        blank_lp[n] = blank_logit - norm
+        label_lp[n] = label_logit - norm if label >= 0 else norm - norm
 
 
 @jit

@@ -39,6 +39,43 @@ def hidden(enc: Tensor, pred: Tensor, rows: Tensor, columns: Tensor, activation:
     out.copy_(total.tanh_() if activation == "tanh" else total.relu_())
 
 
+def width(vocab_size: int, dtype: torch.dtype) -> int:
+    """See losses/backends/__init__.py."""
+    return vocab_size
+
+
+def estimates(dtype: torch.dtype) -> torch.dtype | None:
+    """See losses/backends/__init__.py."""
+    return None
+
+
+def scores(
+    enc: Tensor,
+    pred: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    activation: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    blank: int,
+    out: Tensor,
+    logits: tuple[Tensor, Tensor],
+) -> None:
+    """See losses/backends/__init__.py."""
+    total = enc.index_select(0, rows).float() + pred.index_select(0, columns).float()
+    states = total.tanh_() if activation == "tanh" else total.relu_()
+    out.copy_(states)
+    waiting, taken = labels >= 0, labels.clamp(min=0)
+    of_blank, of_label = logits
+    torch.mv(states, weight[blank].float(), out=of_blank)
+    torch.sum(states.mul_(weight.index_select(0, taken)), dim=1, out=of_label)
+    if bias is not None:
+        of_blank += bias[blank]
+        of_label += bias.index_select(0, taken)
+    of_label.masked_fill_(~waiting, 0.0)
+
+
 def pack(weight: Tensor, rows: int) -> Tensor:
     """See losses/backends/__init__.py."""
     return weight
@@ -61,12 +98,30 @@ def gather(logits: Tensor, labels: Tensor, blank: int, out: tuple[Tensor, Tensor
     label_lp.copy_(of_label.masked_fill_(labels < 0, 0.0))
 
 
+def normalize(logits: Tensor, vocab_size: int, labels: Tensor, blank: int, out: tuple[Tensor, Tensor, Tensor]) -> None:
+    """See losses/backends/__init__.py."""
+    blank_lp, label_lp, normalizer = out
+    own = logits[:, :vocab_size]
+    own[:, blank] = -torch.inf
+    waiting = labels >= 0
+    at = labels.masked_fill(~waiting, blank)[:, None]  # blank's column once more where no label is left
+    own.scatter_(1, at, -torch.inf)
+    of_label = label_lp.masked_fill(~waiting, -torch.inf)
+    parts = torch.stack([torch.logsumexp(own.to(normalizer.dtype), dim=1), blank_lp, of_label])
+    torch.logsumexp(parts, dim=0, out=normalizer)
+    blank_lp -= normalizer
+    label_lp.copy_((of_label - normalizer).masked_fill_(~waiting, 0.0))
+
+
 def gradient(
     logits: Tensor,
+    vocab_size: int,
     at: Tensor,
     labels: Tensor,
     blank: int,
     normalizer: Tensor,
+    blank_lp: Tensor,
+    label_lp: Tensor,
     blank_occ: Tensor,
     label_occ: Tensor,
     scale: Tensor,
@@ -76,16 +131,19 @@ def gradient(
     """See losses/backends/__init__.py."""
     inner = scale if clamp <= 0 else torch.ones_like(scale)
     blanks, labelled = blank_occ * inner, label_occ * inner
-    work = logits.index_select(0, at).to(normalizer.dtype)
-    work.sub_(normalizer[:, None]).exp_().mul_((blanks + labelled)[:, None])
-    work[:, blank] -= blanks
-    waiting = (labels >= 0).to(work.dtype)
-    work.scatter_add_(1, labels.clamp(min=0)[:, None], -(labelled * waiting)[:, None])
+    taken = blanks + labelled
+    work = logits[:, :vocab_size].index_select(0, at).to(normalizer.dtype)
+    work.sub_(normalizer[:, None]).exp_().mul_(taken[:, None])
     floor = GRADIENT_FLOOR[normalizer.dtype] * inner.abs()[:, None]
     work.masked_fill_(work.abs() <= floor, 0.0)
+    waiting = labels >= 0
+    at_label = labels.masked_fill(~waiting, blank)[:, None]  # where no label is left, blank follows and is right
+    work.scatter_(1, at_label, (label_lp.exp() * taken - labelled)[:, None])
+    work[:, blank] = blank_lp.exp() * taken - blanks
     if clamp > 0:
         work.clamp_(-clamp, clamp).mul_(scale[:, None])
-    out.copy_(work)
+    out[:, :vocab_size] = work
+    out[:, vocab_size:] = 0
     return work.sum(0)
 
 

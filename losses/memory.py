@@ -111,6 +111,9 @@ def text_of(size: float) -> str:
 
 def estimate_fused(work: Work, sizes: Sizes, bounds: int = 0) -> int:
     """Bytes that method "fused" takes above inputs and gradients; bounds: columns of each frame, 0: all."""
+    kernels = backends.load("packed", work.options.backend, work.device, work.product)
+    copied = work.weight != work.product or kernels.width(work.vocab_size, work.product) != work.vocab_size
+    work = work._replace(vocab_size=kernels.width(work.vocab_size, work.product))
     rows = rows_in(sizes, work.vocab_size, work.dim, work.product, work.lengths.cells)
     lengths, number = work.lengths, work.product.itemsize
     total = 8 if work.product == torch.float64 else 4
@@ -119,7 +122,7 @@ def estimate_fused(work: Work, sizes: Sizes, bounds: int = 0) -> int:
     size = bounds or work.columns
     steady = work.copies + 8 * batch * (2 * work.columns - 1)  # targets, labels
     steady += tiles * _packing(work)
-    if work.weight != work.product:
+    if copied:
         steady += number * work.vocab_size * (work.dim + 1)
     if wanted:
         steady += _sums(work, total)
@@ -133,14 +136,14 @@ def estimate_fused(work: Work, sizes: Sizes, bounds: int = 0) -> int:
         if at_once:
             cache = max(cache, min(filled(count, rows.tile), rows.cache))
         most_lattice = max(most_lattice, _lattice(work, numbers, count, total, wanted))
-        most_kept = max(most_kept, (32 + 3 * total) * count)
+        most_kept = max(most_kept, (32 + 5 * total) * count)
     cache *= work.vocab_size * number
     tile = tiles * _forward_tile(work, rows.tile) + _code(work, 1)
     peak = steady + tile + most_lattice
     if at_once:
         peak += cache + max(0, most_kept - most_lattice) + _gradient(work, rows, tiles, total)
     elif wanted:
-        waiting = (24 + 3 * total) * everything
+        waiting = (24 + 5 * total) * everything
         peak = steady + tile + waiting + max(waiting, most_lattice, _gradient(work, rows, tiles, total))
     return _rounded(peak) + (THREAD * tiles if tiles > 1 else 0)
 
@@ -212,7 +215,7 @@ def _lattice(work: Work, numbers: list[int], count: int, total: int, wanted: boo
         scratch = 24 * max((t + shift * u + 1) * (u + 1) for t, u in zip(enc, target, strict=True))
     packed = 32 * count + 3 * total * count  # index arrays and labels, log-probs
     index = 40 * count + 3 * padded
-    keeping = (total * (4 + occupied) + 1) * padded + (32 + 3 * total) * count
+    keeping = (total * (4 + occupied) + 1) * padded + (32 + 7 * total) * count
     return max(index, packed + max(total * padded * (copies + occupied) + scratch, keeping if wanted else 0))
 
 
@@ -220,7 +223,8 @@ def _forward_tile(work: Work, rows: int) -> int:
     """Temporaries of a tile of the forward pass."""
     number, dim, vocab_size = work.product.itemsize, work.dim, work.vocab_size
     if _torch_kernels(work, "packed"):
-        return rows * (dim * (number + 3 * work.source.itemsize) + vocab_size * (2 * number + 12))
+        states = 3 * work.source.itemsize if number > 2 else 4 * max(4, work.source.itemsize)
+        return rows * (dim * (number + states) + vocab_size * (2 * number + 12))
     return rows * (number * (dim + vocab_size) + 8)
 
 

@@ -5,7 +5,10 @@ The normaliser of a cell is a matrix product of probabilities,
 
     logsumexp_v(am[t, v] + lm[u, v]) = log sum_v exp(am[t, v] - max am[t]) exp(lm[u, v] - max lm[u]) + max + max,
 
-so that nothing of size T * (U+1) * V is made. Smoothing interpolates the log-probs with those of two models that see
+so that nothing of size T * (U+1) * V is made. It is taken in float32 or better, under autocast too: rounded to bfloat16,
+its gradient would not sum to zero over the tokens, and the small push that is left, in a direction that changes no
+probability and that nothing else holds back, is one that Adam follows at full speed: an encoder without a norm at its
+output then grows without bound. Smoothing interpolates the log-probs with those of two models that see
 one side only: log-softmax(lm[u]), and log-softmax(am[t] + log q) with q the mean over u of softmax(lm[u]). As in the
 paper q is the utterance's own mean (k2 takes the mean of the batch, padding included), so that the loss of an utterance
 does not depend on what else is in the batch.
@@ -100,15 +103,17 @@ def simple_loss(
     labels: list[Tensor] = []
     # not am[b]: its backward pass would make a gradient of the size of am for each utterance
     rows = zip(am.unbind(), lm.unbind(), targets, lengths.enc, lengths.target, strict=True)
-    for own_am, own_lm, own_targets, t, u in rows:
-        found = _log_probs(own_am[:t].to(dtype), own_lm[: u + 1].to(dtype), own_targets[:u], blank, options)
-        size = (0, columns - u - 1, 0, frames - t)
-        blanks.append(torch.nn.functional.pad(found[0], size))
-        labels.append(torch.nn.functional.pad(found[1], size))
-    blank_lp, label_lp = torch.stack(blanks), torch.stack(labels)
-    if options.delay_penalty:
-        label_lp = lattice.penalize_delay(label_lp, lengths, options.delay_penalty)
-    return SimpleLoss(*lattice.LatticeLoss.apply(blank_lp, label_lp, lengths, topology, 0.0, options.backend, True))
+    with torch.autocast(am.device.type, enabled=False):
+        for own_am, own_lm, own_targets, t, u in rows:
+            found = _log_probs(own_am[:t].to(dtype), own_lm[: u + 1].to(dtype), own_targets[:u], blank, options)
+            size = (0, columns - u - 1, 0, frames - t)
+            blanks.append(torch.nn.functional.pad(found[0], size))
+            labels.append(torch.nn.functional.pad(found[1], size))
+        blank_lp, label_lp = torch.stack(blanks), torch.stack(labels)
+        if options.delay_penalty:
+            label_lp = lattice.penalize_delay(label_lp, lengths, options.delay_penalty)
+        found = lattice.LatticeLoss.apply(blank_lp, label_lp, lengths, topology, 0.0, options.backend, True)
+    return SimpleLoss(*found)
 
 
 def largest_jump(prune_range: int, topology: str) -> int:

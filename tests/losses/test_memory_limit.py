@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from losses import TransducerLossOptions, fused, memory, transducer_loss
+from losses import TransducerLossOptions, joint, memory, transducer_loss
 from losses.bench import memory_limit as command
 from losses.memory import MemoryLimitError, parse_limit, text_of
 from losses.sizes import ROWS
@@ -93,8 +93,8 @@ def test_one_utterance_chunk_and_tile_at_a_time(monkeypatch: pytest.MonkeyPatch)
     """The least limit cuts the batch into the least pieces, without a cache."""
     problem = make("regular", "odd sizes", vocab=70, dim=33)
     seen = []
-    real = fused.rows_in
-    monkeypatch.setattr(fused, "rows_in", lambda *a: (seen.append((a[0], real(*a))), real(*a))[1])
+    real = joint.rows_in
+    monkeypatch.setattr(joint, "rows_in", lambda *a: (seen.append((a[0], real(*a))), real(*a))[1])
     run(problem, memory_limit=smallest(problem))
     sizes, rows = seen[-1]
     assert (rows.tile, rows.cache, rows.chunk) == (ROWS, 0, ROWS) and sizes.threads == 1

@@ -170,6 +170,24 @@ def test_a_far_normaliser_does_not_underflow() -> None:
         torch.testing.assert_close(x, y.to(x.dtype), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("scales", SCALES)
+def test_autocast_leaves_the_simple_loss_alone(scales: tuple[float, float]) -> None:
+    """Its gradient sums to zero over the tokens, so that no step is taken in a direction that changes nothing."""
+    problem = make("regular", "odd sizes", dtype=torch.float32, vocab=40)
+    am, lm = simple_inputs(problem, torch.float32)
+    lengths = Lengths(problem.enc_lens.tolist(), problem.target_lens.tolist())
+    options = TransducerLossOptions(lm_only_scale=scales[0], am_only_scale=scales[1])
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = simple_loss(am, lm, problem.targets, lengths, topology="regular", blank=0, options=options).loss
+        found.append([loss.detach(), *torch.autograd.grad(loss.sum(), (am, lm))])
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y)
+    for gradient in found[1][1:]:
+        assert gradient.sum(2).abs().max() < 1e-5 * gradient.abs().max()
+
+
 def test_an_utterance_does_not_depend_on_the_others() -> None:
     problem = make("regular", "ragged")
     am, lm = simple_inputs(problem)

@@ -30,6 +30,7 @@ from asr.training.optim import OptimConfig
 from asr.training.trainer_config import AverageConfig, TrainingConfig
 from losses import LOSSES
 from losses.api import check_combination
+from losses.memory import parse_limit
 
 
 @dataclass
@@ -73,6 +74,8 @@ class Experiment:
             if not 0 <= getattr(self.loss, name) <= 1:
                 raise UserError(f"loss.{name}={getattr(self.loss, name)} is not from 0 to 1")
         try:
+            if self.loss.memory_limit is not None:
+                parse_limit(self.loss.memory_limit)
             check_combination(self.loss.method, self.loss.topology, self.loss.options())
         except ValueError as err:  # begins with the name of the option
             raise UserError(f"loss.{err}") from None

@@ -5,13 +5,14 @@ The normaliser of a cell is a matrix product of probabilities,
 
     logsumexp_v(am[t, v] + lm[u, v]) = log sum_v exp(am[t, v] - max am[t]) exp(lm[u, v] - max lm[u]) + max + max,
 
-so that nothing of size T * (U+1) * V is made. It is taken in float32 or better, under autocast too: rounded to bfloat16,
-its gradient would not sum to zero over the tokens, and the small push that is left, in a direction that changes no
-probability and that nothing else holds back, is one that Adam follows at full speed: an encoder without a norm at its
-output then grows without bound. Smoothing interpolates the log-probs with those of two models that see
+so that nothing of size T * (U+1) * V is made. Smoothing interpolates the log-probs with those of two models that see
 one side only: log-softmax(lm[u]), and log-softmax(am[t] + log q) with q the mean over u of softmax(lm[u]). As in the
 paper q is the utterance's own mean (k2 takes the mean of the batch, padding included), so that the loss of an utterance
 does not depend on what else is in the batch.
+
+All is done in float32 or better, under autocast too. With the product rounded to bfloat16 the gradient does not sum to
+zero over the tokens; the small push that is left, in a direction that changes no probability and that nothing holds
+back, is one that Adam follows at full speed: an encoder without a norm at its output then grows without bound.
 """
 
 from __future__ import annotations

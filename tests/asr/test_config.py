@@ -148,6 +148,7 @@ REFUSED = [
     ("loss.simple_loss_scale=-0.5", "loss.simple_loss_scale=-0.5 is not from 0 to 1"),
     ("loss.shaping_from=2", "loss.shaping_from=2.0 is not from 0 to 1"),
     ("loss.memory_limit=[1]", "loss.memory_limit"),
+    ("loss.memory_limit=2 GoB", "loss.memory_limit='2 GoB' is not a size"),
     ("optim.lr=-1", "optim.lr=-1.0 must be above 0"),
     ("optim.lr=.nan", "optim.lr=nan"),
     ("training.max_epochs=0", "training.max_epochs=0 must be at least 1"),

@@ -13,8 +13,10 @@ float64).
 
 Estimates. Where products in half precision are much faster (losses/backends: estimates), a float32 loss with a
 threshold first takes their log-probs for all cells. They tell which cells may exceed the threshold, with a margin, and
-only those are computed in float32, before forward-backward decides. If the two then disagree about any cell by more
-than the margin allows, all cells of the group are computed in float32.
+only those are computed in float32, before forward-backward decides; the others enter it with their estimates. The same
+cells and one in SAMPLED of the others, in float32, tell how far the estimates are off over a whole alignment; where
+that is more than the margin allows, all cells of the group are computed in float32. This is a check and not a proof:
+only a threshold of 0 computes every cell in any case.
 
 Cells that no alignment reaches are not computed at all: padding, two corners of the lattice in "modified", and what
 pruning leaves out.
@@ -28,7 +30,9 @@ upstream gradient is applied to each utterance's before sums over utterances.
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -42,8 +46,9 @@ from losses.result import MethodLoss
 from losses.shapes import Lengths, product_dtype
 from losses.sizes import Sizes
 
-# An estimate below this times the threshold is believed, if all estimates that count are right to its square root.
+# An estimate below this times the threshold is believed, if estimates are right to its square root.
 MARGIN = 1e-2
+SAMPLED = 61  # a prime, so that the sample has cells of all columns
 
 # A group, what takes its logits, and its log-probs.
 Started = tuple[Group, Tensor | None, LogProbs]
@@ -134,9 +139,9 @@ def _forward(
             group = None  # its indices go before the largest pieces are made
             if not started:
                 break
-            numbers = started[0][0].utterances
-            started[0][2].wait()
             _, cache, _ = first = started.popleft()
+            first[2].wait()
+            numbers = first[0].utterances
             if estimator:
                 cache = None if sums is None or not joint.room else joint.cache(0)
                 nll, cells = _refined(joint, first, cache, threads)
@@ -156,7 +161,8 @@ def _forward(
             del cells
     finally:
         for _, _, found in started:  # after an error: no thread may write any more
-            found.wait()
+            with suppress(Exception):  # the first error is the one that is raised
+                found.wait()
     if sums is not None or not waiting:
         return loss, count, None
     return loss, count, Kept(*(torch.cat(x) for x in zip(*waiting, strict=True)))
@@ -178,8 +184,10 @@ def _refined(joint: Joint, started: Started, cache: Tensor | None, threads: int)
     _, *occupied = padded.run(True)
     before = (occupied[0] + occupied[1]).index_select(0, group.at)
     likely = ~(before <= MARGIN * threshold)
+    computed = likely.clone()
+    computed[::SAMPLED] = True
     while True:
-        chosen = torch.nonzero(likely).squeeze(1)
+        chosen = torch.nonzero(computed).squeeze(1)
         at, rows, columns = (x.index_select(0, chosen) for x in (group.at, group.rows, group.columns))
         part = group._replace(at=at, rows=rows, columns=columns)
         kept = 0 if cache is None else min(joint.room, chosen.shape[0])
@@ -187,11 +195,25 @@ def _refined(joint: Joint, started: Started, cache: Tensor | None, threads: int)
         found.wait()
         padded.replace(at, found)
         nll, *occupied = padded.run(True)
-        after = (occupied[0] + occupied[1]).index_select(0, group.at)
-        counts = ~(after <= threshold)
-        if bool(likely.all()) or not bool((counts & ~(before >= MARGIN**0.5 * after)).any()):
+        if chosen.shape[0] == likely.shape[0]:
             return nll, _keep(*occupied, part, found, threshold)
-        likely = torch.ones_like(likely)
+        after = (occupied[0] + occupied[1]).index_select(0, group.at)
+        missed = ~(after <= threshold) & ~(before >= MARGIN**0.5 * after)
+        errors = found.normalizer - estimated.normalizer.index_select(0, chosen)
+        among_likely = likely.index_select(0, chosen)
+        length = group.shape[1] + group.shape[2]
+        if not bool(missed.any()) and all(_small(errors[x], length) for x in (among_likely, ~among_likely)):
+            return nll, _keep(*occupied, part, found, threshold)
+        computed = torch.ones_like(likely)
+
+
+def _small(errors: Tensor, length: int) -> bool:
+    """Whether errors like these, of `length` cells of an alignment, change its probability by less than the margin
+    allows: their mean, and three times the standard deviation of their sum."""
+    if not errors.numel():
+        return True
+    off = errors.mean().abs() * length + 3 * (errors.square().mean() * length).sqrt()
+    return bool(off < -0.5 * math.log(MARGIN))
 
 
 class _FusedLoss(torch.autograd.Function):

@@ -90,13 +90,14 @@ class Joint:
     def __init__(self, enc, pred, weight, bias, targets, dtype: torch.dtype, settings: Settings) -> None:
         self.kernels: Any = backends.load("packed", settings.options.backend, enc.device, dtype)
         self.settings, self.dtype = settings, dtype
-        self.enc, self.pred = (x.detach().reshape(-1, x.shape[2]).contiguous() for x in (enc, pred))
+        readable = self.kernels.readable
+        self.enc, self.pred = (readable(x.detach().reshape(-1, x.shape[2])).contiguous() for x in (enc, pred))
         self.vocab_size, self.dim = weight.shape
         self.width = self.kernels.width(self.vocab_size, dtype)
         self.weight, self.bias = (self._wide(x) for x in (weight, bias))
         self.exact_scores = dtype.itemsize == 2
         if self.exact_scores:  # as they came: not rounded, unless they came rounded
-            self.sources = [None if x is None else _readable(x.detach()) for x in (weight, bias)]
+            self.sources = [None if x is None else readable(x.detach()).contiguous() for x in (weight, bias)]
         self.labels = next_labels(targets, settings.lengths).view(-1)
         self.frames, self.columns = enc.shape[1], pred.shape[1]
         self.sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -288,8 +289,3 @@ class Joint:
         if sums.bias is not None:
             for x in by_bias:
                 sums.bias += x
-
-
-def _readable(x: Tensor) -> Tensor:
-    """Contiguous, in a dtype that all kernels read."""
-    return (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()

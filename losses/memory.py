@@ -30,7 +30,7 @@ THREAD = 350 * 2**10  # bytes of each thread of several: stack, arena of the all
 HOLES = 2.2  # what blocks of many sizes leave free in the allocator: up to 1.85 of what they take was measured
 PACKING = 600 * 2**10  # bytes at most of the copies that MKL makes of parts of the factors, on each thread
 CODE = 850 * 2**10  # bytes of what oneDNN keeps for each shape of a half precision product
-MOST_COLUMNS = 512  # of the products by states and by weight, losses/fused.py
+MOST_COLUMNS = 512  # of the products by states and by weight, losses/joint.py
 
 # Shares of the default tile, group and chunk, and about how much longer the loss takes; 0: the least there is.
 SHARES = ((1.0, 0.0), (0.5, 0.02), (0.25, 0.05), (0.1, 0.12), (0.0, 0.4))
@@ -122,6 +122,9 @@ def estimate_fused(work: Work, sizes: Sizes, bounds: int = 0) -> int:
     size = bounds or work.columns
     steady = work.copies + 8 * batch * (2 * work.columns - 1)  # targets, labels
     steady += tiles * _packing(work)
+    if not _torch_kernels(work, "packed"):  # float16 is read by no compiled loop
+        steady += 4 * work.dim * batch * (work.frames + work.columns) * (work.source == torch.float16)
+        steady += 4 * work.vocab_size * (work.dim + 1) * (work.weight == torch.float16 and number == 2)
     if copied:
         steady += number * work.vocab_size * (work.dim + 1)
     if wanted:

@@ -21,7 +21,7 @@ class TransducerLossOptions:
         clamp: limit of each entry of the gradient by the logits of a cell, before the upstream gradient is applied, as
             in torchaudio's rnnt_loss; 0 is off.
         occupancy_threshold: methods "fused" and "pruned" leave cells up to this occupancy out of the gradient; the
-            value of the loss does not change by more than about the sum of what is left out. None is 1e-6 where the
+            value of the loss does not change, but in float32 for estimates (losses/fused.py). None is 1e-6 where the
             joiner's product is in half precision, else 0; with 1e-6 in float32 "fused" is up to twice as fast.
         prune_range: S, method "pruned" only: so many columns of each frame are computed (Kuang et al. 2022); 2 or more.
         lm_only_scale, am_only_scale: method "pruned" only: shares of the predictor-only and the encoder-only

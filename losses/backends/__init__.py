@@ -31,6 +31,7 @@ taken at a time, CACHE_OF_ONE otherwise, CHUNK of gradients by the logits), LEAS
     start(tasks, threads) -> wait: call each of the tasks in any order, all of them before wait() returns
     shares(size, threads, most) -> slices of range(size), at most so long, to be handed to the threads
     width(vocab_size, dtype) -> columns of logits in dtype, at least vocab_size, that products are fast with
+    readable(x) -> enc, pred, weight or bias in a dtype that `hidden` and `scores` read, a copy where x's is not
     estimates(dtype) -> dtype whose products are so much faster that they may tell which cells count, or None
     hidden(enc, pred, rows, columns, activation, out): out [N, J] = activation(enc[rows] + pred[columns])
     scores(enc, pred, rows, columns, activation, weight, bias, labels, blank, out, logits): for half precision, hidden

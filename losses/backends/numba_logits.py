@@ -1,8 +1,5 @@
 """Normaliser, gather and gradient of the logits on CPU: compiled loops of numba_rows.py, frames over threads."""
 
-# Compiled code: an intrinsic is called without the context that its definition takes.
-# mypy: disable-error-code="call-arg, var-annotated"
-
 from __future__ import annotations
 
 import numpy as np
@@ -10,89 +7,14 @@ import torch
 from torch import Tensor
 
 from losses.backends import GRADIENT_FLOOR
-from losses.backends.numba_bfloat16 import load_number, number_array
-from losses.backends.numba_rows import log_sum_exp, round_row, softmax_row
-from losses.backends.threads import jit, run_groups
+from losses.backends.numba_bfloat16 import number_array
+from losses.backends.numba_rows import gather_tiles, gradient_tiles
+from losses.backends.threads import run_groups
 from losses.shapes import Lengths
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SMALL_PROBLEM = 2**15  # logits below which handing work to another thread costs more than it saves
 TILE = 2**17  # logits of a piece of work
-
-
-@jit
-def gather_tiles(tiles, logits, targets, target_lens, blank, normalize, blank_lp, label_lp, normalizer):
-    """Rows [start, stop) of utterance b for each tile (b, start, stop)."""
-    for k in range(tiles.shape[0]):
-        b, start, stop = tiles[k]
-        tokens = target_lens[b]
-        for t in range(start, stop):
-            for u in range(tokens + 1):
-                row = logits[b, t, u]
-                blank_lp[b, t, u] = load_number(row[blank])
-                if u < tokens:
-                    label_lp[b, t, u] = load_number(row[targets[b, u]])
-                if normalize:
-                    norm = log_sum_exp(row)
-                    normalizer[b, t, u] = norm
-                    blank_lp[b, t, u] -= norm
-                    if u < tokens:
-                        label_lp[b, t, u] -= norm
-
-
-@jit
-def gradient_tiles(
-    tiles,
-    logits,
-    targets,
-    enc_lens,
-    target_lens,
-    blank,
-    normalize,
-    normalizer,
-    blank_occ,
-    label_occ,
-    upstream,
-    floor,
-    clamp,
-    gradient,
-):
-    """Rows [start, stop) of utterance b for each tile (b, start, stop), padded cells included."""
-    work = np.empty(logits.shape[3], dtype=blank_occ.dtype)
-    zero = blank_occ.dtype.type(0)
-    for k in range(tiles.shape[0]):
-        b, start, stop = tiles[k]
-        tokens = target_lens[b]
-        scale = upstream[b]
-        # without clamp the upstream gradient is applied to the occupancies, with clamp to the clamped gradient
-        inner = scale if clamp <= zero else blank_occ.dtype.type(1)
-        smallest = abs(inner) * floor
-        for t in range(start, stop):
-            for u in range(logits.shape[2]):
-                out = gradient[b, t, u]
-                blanks = zero
-                labels = zero
-                if t < enc_lens[b] and u <= tokens:
-                    blanks = blank_occ[b, t, u] * inner
-                    if u < tokens:
-                        labels = label_occ[b, t, u] * inner
-                taken = blanks + labels
-                if t >= enc_lens[b] or u > tokens or taken == zero:
-                    out[:] = 0
-                    continue
-                if normalize:
-                    softmax_row(logits[b, t, u], normalizer[b, t, u], taken, smallest, work)
-                else:
-                    work[:] = zero
-                work[blank] -= blanks
-                if u < tokens:
-                    work[targets[b, u]] -= labels
-                if clamp > zero:
-                    for i in range(work.size):
-                        x = work[i]
-                        x = clamp if x > clamp else x
-                        work[i] = (-clamp if x < -clamp else x) * scale
-                round_row(work, out)
 
 
 def _tiles(lens: list[int], row: int) -> np.ndarray:

@@ -1,11 +1,6 @@
 """Kernels of packed logits [N, V] on CPU, and of the activation before them: compiled loops of numba_rows.py."""
 
-# Compiled code: an intrinsic is called without the context that its definition takes.
-# mypy: disable-error-code="call-arg, var-annotated"
-
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import torch
@@ -16,54 +11,21 @@ from losses.backends.numba_bfloat16 import number_array
 from losses.backends.numba_rows import (
     add_rows,
     gather_rows,
+    gradient_rows,
     hidden_rows,
     normalize_rows,
-    round_row,
     score_rows,
-    softmax_row,
 )
-from losses.backends.threads import jit, serial_torch, start_tasks
+from losses.backends.threads import serial_torch, start_tasks
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Bytes: a tile of hidden states and logits lies in a core's cache, a chunk of gradients by the logits in the
 # processor's. Short utterances are taken together up to GROUP; logits are kept for the gradient up to CACHE of each of
 # two groups at a time, or CACHE_OF_ONE.
-TILE, GROUP, CACHE, CACHE_OF_ONE, CHUNK = 2**21, 10 * 2**20, 20 * 2**20, 52 * 2**20, 6 * 2**20
+TILE, GROUP, CACHE, CACHE_OF_ONE, CHUNK = 2**21, 10 * 2**20, 20 * 2**20, 46 * 2**20, 6 * 2**20
 PACKED = 4 * 2**20  # bytes of a weight that may be kept twice
 LEAST_TILE = 128  # cells of a tile at least, for the matrix product's sake
 ALIGNED = 32  # columns of half precision logits come in multiples: a third faster than 500, on AMX
-
-
-@jit
-def gradient_rows(
-    logits, at, labels, blank, normalizer, blank_lp, label_lp, blank_occ, label_occ, scale, clamp, floor, out, total
-):
-    work = np.empty(total.size, dtype=normalizer.dtype)
-    zero = normalizer.dtype.type(0)
-    one = normalizer.dtype.type(1)
-    for n in range(at.size):
-        # without clamp the upstream gradient is applied to the occupancies, with clamp to the clamped gradient
-        inner = scale[n] if clamp <= zero else one
-        blanks = blank_occ[n] * inner
-        labelled = label_occ[n] * inner
-        taken = blanks + labelled
-        out[n][total.size :] = 0
-        if taken == zero:
-            out[n][:] = 0
-            continue
-        softmax_row(logits[at[n]][: total.size], normalizer[n], taken, abs(inner) * floor, work)
-        # these two may be known better than from the logits
-        work[blank] = math.exp(blank_lp[n]) * taken - blanks
-        if labels[n] >= 0:
-            work[labels[n]] = math.exp(label_lp[n]) * taken - labelled
-        if clamp > zero:
-            for i in range(work.size):
-                x = work[i]
-                x = clamp if x > clamp else x
-                work[i] = (-clamp if x < -clamp else x) * scale[n]
-        round_row(work, out[n][: total.size])
-        for i in range(work.size):
-            total[i] += work[i]
 
 
 parallel = serial_torch
@@ -80,6 +42,11 @@ def shares(size: int, threads: int, most: int) -> list[slice]:
 def width(vocab_size: int, dtype: torch.dtype) -> int:
     """See losses/backends/__init__.py."""
     return vocab_size if dtype.itemsize > 2 else -(-vocab_size // ALIGNED) * ALIGNED
+
+
+def readable(x: Tensor) -> Tensor:
+    """See losses/backends/__init__.py."""
+    return x.float() if x.dtype == torch.float16 else x
 
 
 def estimates(dtype: torch.dtype) -> torch.dtype | None:

@@ -1,4 +1,5 @@
-"""Compiled loops over rows of logits [N, V] and of hidden states [N, J] that the kernels on CPU share.
+"""Compiled loops over rows of logits and of hidden states, of packed cells and of padded batches: all in this one file,
+so that machine code kept on disk is never older than a loop that it calls (see threads.py).
 
 float32 and float64 as they are, bfloat16 through its bits; sums of float32 are kept in blocks and added in float64. Exp
 and tanh are short polynomials here and not library calls, so that the compiler vectorises the loops.
@@ -200,7 +201,7 @@ def _tanh(x):
 
 @jit
 def _tanh32(x):
-    """x P(x^2) / Q(x^2), fitted to the least largest relative error in [-8, 8]; tanh(8) rounds to 1 - 1.2e-7."""
+    """x P(x^2) / Q(x^2), fitted to the least largest relative error in [-8, 8]; beyond, the value at 8: 1 - 2.4e-7."""
     x = -TANH_END if x < -TANH_END else x
     x = TANH_END if x > TANH_END else x
     s = x * x
@@ -348,3 +349,110 @@ def add_rows(gradient, hidden, first, rows, columns, tanh, enc_gradient, pred_gr
             _add_tanh_row(gradient[n], hidden[n][first:last], one, other)
         else:
             _add_relu_row(gradient[n], hidden[n][first:last], one, other, zero)
+
+
+@jit
+def gradient_rows(
+    logits, at, labels, blank, normalizer, blank_lp, label_lp, blank_occ, label_occ, scale, clamp, floor, out, total
+):
+    work = np.empty(total.size, dtype=normalizer.dtype)
+    zero = normalizer.dtype.type(0)
+    one = normalizer.dtype.type(1)
+    for n in range(at.size):
+        # without clamp the upstream gradient is applied to the occupancies, with clamp to the clamped gradient
+        inner = scale[n] if clamp <= zero else one
+        blanks = blank_occ[n] * inner
+        labelled = label_occ[n] * inner
+        taken = blanks + labelled
+        out[n][total.size :] = 0
+        if taken == zero:
+            out[n][:] = 0
+            continue
+        softmax_row(logits[at[n]][: total.size], normalizer[n], taken, abs(inner) * floor, work)
+        # these two may be known better than from the logits
+        work[blank] = math.exp(blank_lp[n]) * taken - blanks
+        if labels[n] >= 0:
+            work[labels[n]] = math.exp(label_lp[n]) * taken - labelled
+        if clamp > zero:
+            for i in range(work.size):
+                x = work[i]
+                x = clamp if x > clamp else x
+                work[i] = (-clamp if x < -clamp else x) * scale[n]
+        round_row(work, out[n][: total.size])
+        for i in range(work.size):
+            total[i] += work[i]
+
+
+@jit
+def gather_tiles(tiles, logits, targets, target_lens, blank, normalize, blank_lp, label_lp, normalizer):
+    """Rows [start, stop) of utterance b for each tile (b, start, stop)."""
+    for k in range(tiles.shape[0]):
+        b, start, stop = tiles[k]
+        tokens = target_lens[b]
+        for t in range(start, stop):
+            for u in range(tokens + 1):
+                row = logits[b, t, u]
+                blank_lp[b, t, u] = load_number(row[blank])
+                if u < tokens:
+                    label_lp[b, t, u] = load_number(row[targets[b, u]])
+                if normalize:
+                    norm = log_sum_exp(row)
+                    normalizer[b, t, u] = norm
+                    blank_lp[b, t, u] -= norm
+                    if u < tokens:
+                        label_lp[b, t, u] -= norm
+
+
+@jit
+def gradient_tiles(
+    tiles,
+    logits,
+    targets,
+    enc_lens,
+    target_lens,
+    blank,
+    normalize,
+    normalizer,
+    blank_occ,
+    label_occ,
+    upstream,
+    floor,
+    clamp,
+    gradient,
+):
+    """Rows [start, stop) of utterance b for each tile (b, start, stop), padded cells included."""
+    work = np.empty(logits.shape[3], dtype=blank_occ.dtype)
+    zero = blank_occ.dtype.type(0)
+    for k in range(tiles.shape[0]):
+        b, start, stop = tiles[k]
+        tokens = target_lens[b]
+        scale = upstream[b]
+        # without clamp the upstream gradient is applied to the occupancies, with clamp to the clamped gradient
+        inner = scale if clamp <= zero else blank_occ.dtype.type(1)
+        smallest = abs(inner) * floor
+        for t in range(start, stop):
+            for u in range(logits.shape[2]):
+                out = gradient[b, t, u]
+                blanks = zero
+                labels = zero
+                if t < enc_lens[b] and u <= tokens:
+                    blanks = blank_occ[b, t, u] * inner
+                    if u < tokens:
+                        labels = label_occ[b, t, u] * inner
+                taken = blanks + labels
+                if t >= enc_lens[b] or u > tokens or taken == zero:
+                    out[:] = 0
+                    continue
+                if normalize:
+                    softmax_row(logits[b, t, u], normalizer[b, t, u], taken, smallest, work)
+                else:
+                    work[:] = zero
+                work[blank] -= blanks
+                if u < tokens:
+                    work[targets[b, u]] -= labels
+                if clamp > zero:
+                    for i in range(work.size):
+                        x = work[i]
+                        x = clamp if x > clamp else x
+                        work[i] = (-clamp if x < -clamp else x) * scale
+                round_row(work, out)

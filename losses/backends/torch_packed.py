@@ -44,6 +44,11 @@ def width(vocab_size: int, dtype: torch.dtype) -> int:
     return vocab_size
 
 
+def readable(x: Tensor) -> Tensor:
+    """See losses/backends/__init__.py."""
+    return x
+
+
 def estimates(dtype: torch.dtype) -> torch.dtype | None:
     """See losses/backends/__init__.py."""
     return None

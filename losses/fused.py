@@ -59,13 +59,18 @@ def _threshold(joint: Joint) -> float:
     return OCCUPANCY_THRESHOLD[joint.dtype] if found is None else found
 
 
+def _joint(sources: Any, dtype: torch.dtype, settings: Settings) -> Joint:
+    enc, pred, weight, bias, targets = sources
+    return Joint(enc, pred, weight, bias, targets, dtype, settings)
+
+
 def _estimator(joint: Joint, sources: Any, wanted: bool) -> Joint | None:
     """The same joiner in the dtype of estimates, where they help."""
     settings = joint.settings
     if not wanted or settings.sizes is not None or settings.bounds is not None or not _threshold(joint) > 0:
         return None
     dtype = joint.kernels.estimates(joint.dtype)
-    return None if dtype is None else Joint(*sources, dtype, settings)
+    return None if dtype is None else _joint(sources, dtype, settings)
 
 
 class _Lattice:
@@ -81,9 +86,8 @@ class _Lattice:
         self.blank.view(-1)[at] = found.blank
         self.label.view(-1)[at] = found.label
 
-    def run(self, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """-log P of each utterance, and if wanted, occupancies of blank and label of all cells in the padded lattices,
-        flat (else empty)."""
+    def run(self, wanted: bool) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """-log P of each utterance, and if wanted, occupancies of blank and label of the group's cells (else empty)."""
         settings = self.joint.settings
         nll, blank_occ, label_occ = lattice.regularized(
             self.blank,
@@ -94,13 +98,15 @@ class _Lattice:
             occupancies=wanted,
         )
         if blank_occ is None or label_occ is None:
-            return nll, nll.new_empty(0), nll.new_empty(0)
-        return nll, blank_occ.reshape(-1), torch.nn.functional.pad(label_occ, (0, 1)).reshape(-1)
+            return nll, (nll.new_empty(0), nll.new_empty(0))
+        padded = blank_occ, torch.nn.functional.pad(label_occ, (0, 1))
+        blanks, labels = (x.reshape(-1).index_select(0, self.group.at) for x in padded)
+        return nll, (blanks, labels)
 
 
-def _keep(blank_occ: Tensor, label_occ: Tensor, group: Group, found: LogProbs, threshold: float) -> Kept:
+def _keep(occupied: tuple[Tensor, Tensor], group: Group, found: LogProbs, threshold: float) -> Kept:
     """The cells of the group whose occupancy exceeds the threshold, or is NaN, of a loss that is not finite."""
-    blank_occ, label_occ = (x.index_select(0, group.at) for x in (blank_occ, label_occ))
+    blank_occ, label_occ = occupied
     chosen = torch.nonzero(~(blank_occ + label_occ <= threshold)).squeeze(1)
     numbers = group.rows, group.columns, found.labels, found.normalizer, found.blank, found.label
     return Kept(chosen, *(x.index_select(0, chosen) for x in (*numbers, blank_occ, label_occ)))
@@ -142,6 +148,7 @@ def _forward(
             _, cache, _ = first = started.popleft()
             first[2].wait()
             numbers = first[0].utterances
+            cells: Kept | None
             if estimator:
                 cache = None if sums is None or not joint.room else joint.cache(0)
                 nll, cells = _refined(joint, first, cache, threads)
@@ -171,8 +178,8 @@ def _forward(
 def _decided(joint: Joint, started: Started, wanted: bool) -> tuple[Tensor, Kept | None]:
     """Loss of the group's utterances, and the cells with a gradient if those are wanted."""
     group, _, found = started
-    nll, *occupied = _Lattice(joint, group, found).run(wanted)
-    return nll, _keep(*occupied, group, found, _threshold(joint)) if wanted else None
+    nll, occupied = _Lattice(joint, group, found).run(wanted)
+    return nll, _keep(occupied, group, found, _threshold(joint)) if wanted else None
 
 
 def _refined(joint: Joint, started: Started, cache: Tensor | None, threads: int) -> tuple[Tensor, Kept]:
@@ -181,8 +188,8 @@ def _refined(joint: Joint, started: Started, cache: Tensor | None, threads: int)
     group, _, estimated = started
     threshold = _threshold(joint)
     padded = _Lattice(joint, group, estimated)
-    _, *occupied = padded.run(True)
-    before = (occupied[0] + occupied[1]).index_select(0, group.at)
+    blanks, labels = padded.run(True)[1]
+    before = blanks + labels
     likely = ~(before <= MARGIN * threshold)
     computed = likely.clone()
     computed[::SAMPLED] = True
@@ -194,16 +201,17 @@ def _refined(joint: Joint, started: Started, cache: Tensor | None, threads: int)
         found = joint.start_log_probs(part, cache, kept, threads)
         found.wait()
         padded.replace(at, found)
-        nll, *occupied = padded.run(True)
+        nll, (blanks, labels) = padded.run(True)
+        occupied = blanks.index_select(0, chosen), labels.index_select(0, chosen)
         if chosen.shape[0] == likely.shape[0]:
-            return nll, _keep(*occupied, part, found, threshold)
-        after = (occupied[0] + occupied[1]).index_select(0, group.at)
+            return nll, _keep(occupied, part, found, threshold)
+        after = blanks + labels
         missed = ~(after <= threshold) & ~(before >= MARGIN**0.5 * after)
         errors = found.normalizer - estimated.normalizer.index_select(0, chosen)
         among_likely = likely.index_select(0, chosen)
         length = group.shape[1] + group.shape[2]
         if not bool(missed.any()) and all(_small(errors[x], length) for x in (among_likely, ~among_likely)):
-            return nll, _keep(*occupied, part, found, threshold)
+            return nll, _keep(occupied, part, found, threshold)
         computed = torch.ones_like(likely)
 
 
@@ -249,7 +257,7 @@ def _loss(
 ) -> tuple[Tensor, int, Sums | None, Kept | None]:
     """Loss [B], number of cells with a gradient, and the gradients for an upstream gradient of 1 or those cells."""
     with torch.autocast(sources[0].device.type, enabled=False):
-        joint = Joint(*sources, dtype, settings)
+        joint = _joint(sources, dtype, settings)
         sums = joint.sums(wanted) if at_once else None
         estimator = _estimator(joint, sources, any(wanted))
         with joint.parallel() as threads:
@@ -269,8 +277,7 @@ def _gradients(ctx, upstream: Tensor) -> list[Tensor | None]:
         return lattice.scale_([sums.enc, sums.pred, sums.weight, sums.bias], upstream)
     kept = ctx.saved_tensors[5:]
     with torch.autocast(upstream.device.type, enabled=False):
-        enc, pred, weight, bias, targets = sources
-        joint = Joint(enc, pred, weight, bias, targets, ctx.dtype, ctx.settings)
+        joint = _joint(sources, ctx.dtype, ctx.settings)
         sums = joint.sums(ctx.wanted)
         with joint.parallel() as threads:
             if kept:

@@ -94,7 +94,8 @@ class Joint:
         self.enc, self.pred = (readable(x.detach().reshape(-1, x.shape[2])).contiguous() for x in (enc, pred))
         self.vocab_size, self.dim = weight.shape
         self.width = self.kernels.width(self.vocab_size, dtype)
-        self.weight, self.bias = (self._wide(x) for x in (weight, bias))
+        self.weight = self._wide(weight.detach())
+        self.bias = None if bias is None else self._wide(bias.detach())
         self.exact_scores = dtype.itemsize == 2
         if self.exact_scores:  # as they came: not rounded, unless they came rounded
             self.sources = [None if x is None else readable(x.detach()).contiguous() for x in (weight, bias)]
@@ -114,11 +115,8 @@ class Joint:
         self._transposed: dict[int, Tensor] = {}
         self._own = threading.local()
 
-    def _wide(self, x: Tensor | None) -> Tensor | None:
+    def _wide(self, x: Tensor) -> Tensor:
         """weight or bias in the dtype of the products, with rows of zeros up to the width of the logits."""
-        if x is None:
-            return None
-        x = x.detach()
         if self.width == self.vocab_size:
             return x.to(self.dtype).contiguous()
         wide = x.new_zeros(self.width, *x.shape[1:], dtype=self.dtype)

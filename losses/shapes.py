@@ -25,6 +25,21 @@ TOPOLOGIES = ("regular", "modified", "constrained")
 REDUCTIONS = ("none", "sum", "mean", "mean-per-token")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
+# what a tensor of the wrong size is refused with
+WANTED = {
+    "pred": "[B, U+1, J] as enc [B, T, J] and targets [B, U] have them, one row more than targets",
+    "weight": "[V, J] with the J of enc [B, T, J]",
+    "bias": "[V], an entry for each row of weight",
+    "targets": "[B, U] with a row for each utterance of enc",
+    "enc_lens": "[B]",
+    "target_lens": "[B]",
+    "simple am": "[B, T, V] with B and T of enc and V of weight",
+    "simple lm": "[B, U+1, V] with B and V of simple am, one row more than targets",
+    "logits": "[B, T, U+1, V], one column more than targets",
+    "logit_lengths": "[B]",
+    "target_lengths": "[B]",
+    "label_log_probs": "[B, T, U] beside blank_log_probs [B, T, U+1]",
+}
 
 
 class Lengths(NamedTuple):
@@ -70,7 +85,8 @@ def _check_tensor(name: str, value: object, shape: str, dims: int, dtypes: Seque
 
 def _check_size(name: str, tensor: Tensor, dim: int, expected: int, because: str) -> None:
     if tensor.shape[dim] != expected:
-        raise ValueError(f"{name}.shape[{dim}]={tensor.shape[dim]} differs from {because}={expected}")
+        remedy = f"; pass {name} {WANTED[name]}" if name in WANTED else ""
+        raise ValueError(f"{name}.shape[{dim}]={tensor.shape[dim]} differs from {because}={expected}{remedy}")
 
 
 def _check_same_dtype(first: str, other: str, a: Tensor, b: Tensor) -> None:

@@ -62,7 +62,7 @@ JOINT = [
     (replaced(pred=torch.zeros(2, U + 1, J)), r"pred\.shape\[0\]=2 differs from enc\.shape\[0\]=4"),
     (replaced(pred=torch.zeros(B, U + 1, J).double()), r"pred is float64 but enc is float32; cast pred"),
     (replaced(pred=torch.zeros(B, U + 1, J, device="meta")), r"pred is on meta but enc is on cpu"),
-    (replaced(weight=torch.zeros(V, 4)), r"weight\.shape\[1\]=4 differs from enc\.shape\[2\]=5"),
+    (replaced(weight=torch.zeros(V, 4)), r"weight\.shape\[1\]=4 differs from enc\.shape\[2\]=5; pass weight \[V, J\]"),
     (replaced(weight=torch.zeros(V)), r"weight has shape \[7\]; pass weight of shape \[V, J\]"),
     (replaced(bias=torch.zeros(3)), r"bias\.shape\[0\]=3 differs from weight\.shape\[0\]=7"),
     (replaced(bias=torch.zeros(V).half()), r"bias is float16 but enc is float32"),

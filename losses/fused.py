@@ -141,6 +141,7 @@ def _forward(
                     cache = joint.cache(number) if likely else None
                     found = joint.start_log_probs(group, cache, likely, threads)
                 started.append((group, cache, found))
+                del found  # as soon as the lattice is done nothing should hold it
                 number += 1
             group = None  # its indices go before the largest pieces are made
             if not started:

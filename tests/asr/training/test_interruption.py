@@ -142,9 +142,14 @@ def test_ctrl_c_saves_first_and_a_second_one_is_obeyed_at_once(times: int, data:
             return record
 
         monkeypatch.setattr(Trainer, "step", step)
-        with pytest.raises(KeyboardInterrupt):
-            run(data, tmp_path)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        # a shell lets what it starts in the background ignore Ctrl-C, the tests too
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                run(data, tmp_path)
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        finally:
+            signal.signal(signal.SIGINT, before)
     assert (tmp_path / "report.html").is_file()
     assert newest(tmp_path)["step"] == {1: 3, 2: 2}[times]  # every second step is saved
     assert run(data, tmp_path).reason == "finished"

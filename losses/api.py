@@ -122,8 +122,8 @@ def transducer_loss(
         enc_lens: [B] int32 or int64, frames, 1..T.  target_lens: [B] int32 or int64, tokens, 0..U. Both on any device.
         method: a name of LOSSES: "batched" (all logits at once), "samplewise" (utterance by utterance; Braun et al.
             2022), "fused" (tiles of reachable cells, never all logits) or "pruned" (options.prune_range columns of each
-            frame; Kuang et al. 2022). The first three give the same value; in half
-            precision "batched" and "samplewise" sum rounded logits along a path, and "fused" does not.
+            frame; Kuang et al. 2022). The first three give the same value; in half precision "batched" and "samplewise"
+            sum rounded logits along a path, and "fused" does not.
         activation: "tanh" or "relu".
         topology: "regular" (Graves 2012), "modified" or "constrained" (one symbol a frame; target_lens[i] <=
             enc_lens[i]), see losses/lattice.py.

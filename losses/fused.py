@@ -24,8 +24,8 @@ pruning leaves out.
 When. Where all utterances will get the same upstream gradient (every reduction but "none"), the gradients are computed
 in the forward pass for an upstream gradient of 1 and scaled in the backward pass, so that the logits of the cells
 around the diagonal of the lattice, which are the likely ones, can be used while they are at hand (up to CACHE bytes of
-them). Otherwise index, occupancies and normaliser of the kept cells wait for the backward pass, packed, and the
-upstream gradient is applied to each utterance's before sums over utterances.
+them). Otherwise index, log-probs, normaliser and occupancies of the kept cells wait for the backward pass, packed, and
+the upstream gradient is applied to each utterance's before sums over utterances.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import torch
 
 from losses import backends
 from losses.cells import grouping
+from losses.joint import MOST_COLUMNS
 from losses.options import TransducerLossOptions
 from losses.samplewise import GROUP, groups_within
 from losses.shapes import Lengths
@@ -30,7 +31,6 @@ THREAD = 350 * 2**10  # bytes of each thread of several: stack, arena of the all
 HOLES = 2.2  # what blocks of many sizes leave free in the allocator: up to 1.85 of what they take was measured
 PACKING = 600 * 2**10  # bytes at most of the copies that MKL makes of parts of the factors, on each thread
 CODE = 850 * 2**10  # bytes of what oneDNN keeps for each shape of a half precision product
-MOST_COLUMNS = 512  # of the products by states and by weight, losses/joint.py
 
 # Shares of the default tile, group and chunk, and about how much longer the loss takes; 0: the least there is.
 SHARES = ((1.0, 0.0), (0.5, 0.02), (0.25, 0.05), (0.1, 0.12), (0.0, 0.4))

@@ -11,6 +11,7 @@ thousands of utterances take minutes.
 from __future__ import annotations
 
 import math
+import sys
 
 from losses.bench import plots
 from losses.bench.run import Result, Run, checked_of, too_large
@@ -71,29 +72,31 @@ def largest(run: Run, method: str, products: str, sizes: tuple[int, int, int], l
 
 
 def grid(run: Run, durations: dict[int, tuple[int, int]] | None = None, limit_mb: float = LIMIT_MB) -> list[Result]:
-    """A row for each duration, method and products; a plot with --out."""
-    run.title(COLUMNS)
+    """A row for each duration, method and products; a plot with --out.
+
+    All batches are found first, which takes an hour or more and which other load does not disturb; times come last.
+    """
     rows = []
     for seconds, (frames, tokens) in (durations or DURATIONS).items():
         sizes = frames, tokens, VOCAB_SIZE
         for products in run.chosen.products:
             for method in (m for m in METHODS if m in run.chosen.method):
-                result: Result = {
+                row: Result = {
                     "case": f"{seconds} s", "method": method, "products": products, "threads": run.chosen.threads,
                     "limit_mb": limit_mb, "T": frames, "U": tokens, "V": VOCAB_SIZE,
                 }  # fmt: skip
                 checked = run.check(name_of(TIMED_BATCH, sizes), method, products)
                 if "error" in checked:
-                    rows.append(run.show({**result, "error": checked["error"]}, COLUMNS))
-                    continue
-                result |= {**largest(run, method, products, sizes, limit_mb), **checked_of(checked)}
-                if "error" not in result:
-                    batch = min(TIMED_BATCH, result["largest_batch"])
-                    timed = run.child(name_of(batch, sizes), method, products, "--unchecked")
-                    median = timed.get("median_ms")
-                    result |= {key: timed[key] for key in ("error", "other_load", "torch", "cpu") if key in timed}
-                    result |= {"timed_batch": batch, "ms_per_utterance": median and round(median / batch, 2)}
-                rows.append(run.show(result, COLUMNS))
+                    row["error"] = checked["error"]
+                else:
+                    row |= {**largest(run, method, products, sizes, limit_mb), **checked_of(checked)}
+                rows.append(row)
+                print(_found(row), file=sys.stderr, flush=True)
+    run.title(COLUMNS)
+    for row in rows:
+        if "error" not in row:
+            row |= _time(run, row)
+        run.show(row, COLUMNS)
     if run.chosen.out:
         panels = (
             ("largest_batch", f"largest batch in {limit_mb / 1024:g} GiB"),
@@ -102,3 +105,19 @@ def grid(run: Run, durations: dict[int, tuple[int, int]] | None = None, limit_mb
         title = f"V={VOCAB_SIZE}, J=512, {run.chosen.threads} threads"
         plots.bars(rows, run.chosen.out / "grid.png", panels, title)
     return rows
+
+
+def _found(row: Result) -> str:
+    """A line about a batch that was found, or not."""
+    found = row.get("error") or f"largest batch {row['largest_batch']}, tried (batch, MiB) {row['tried']}"
+    return f"{row['case']} {row['method']} {row['products']}: {found}"
+
+
+def _time(run: Run, row: Result) -> Result:
+    """Time per utterance of a row's method."""
+    batch = min(TIMED_BATCH, row["largest_batch"])
+    case = name_of(batch, (row["T"], row["U"], row["V"]))
+    timed = run.child(case, row["method"], row["products"], "--unchecked")
+    median = timed.get("median_ms")
+    found = {key: timed[key] for key in ("error", "other_load", "torch", "cpu") if key in timed}
+    return {**found, "timed_batch": batch, "ms_per_utterance": median and round(median / batch, 2)}

@@ -44,6 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     kind.add_argument("--grid", action="store_true", help="largest batch in 6 GiB and time an utterance, 10 to 40 s")
     parser.add_argument("--values", help="of --sweep, or vocabulary sizes of --linearity; with commas")
     parser.add_argument("--lengths", help="of --linearity: TxU,TxU,...")
+    parser.add_argument("--batches", help="of --linearity: sizes of batches; with commas")
     found = parser.parse_args(arguments)
     found.method = found.method or (",".join(grid.METHODS) if found.grid else "yardstick,fused")
     for name, choices in (("method", ("yardstick", *LOSSES)), ("products", tuple(PRODUCTS))):
@@ -56,7 +57,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     try:
         for case in found.case:
             Name(case)
-        found.values = found.values and [int(x) for x in found.values.split(",")]
+        for name in ("values", "batches"):
+            value = getattr(found, name)
+            setattr(found, name, value and [int(x) for x in value.split(",")])
         found.lengths = found.lengths and [tuple(map(int, x.split("x"))) for x in found.lengths.split(",")]
     except ValueError as error:
         parser.error(str(error))

@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ PRODUCTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 1e-2, "fp32": 1e-5}
 LOSS_TOLERANCE = {"bf16": 1e-5, "fp32": 1e-6}  # of a pruned loss and of its simple loss
 OTHER_LOAD = 0.05  # share of all processors that others may take during a sample
+OTHER_LOAD_ERROR = f"other processes took over {OTHER_LOAD:.0%} in every sample; pass --allow-load to keep them"
 LEAST_SAMPLE_S = 0.5  # shorter steps are repeated, since /proc/stat counts in hundredths of a second
 ONCE_ATTEMPTS = 3  # steps of a case that is measured once, until one is not disturbed
 THRESHOLDS = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
@@ -175,6 +176,38 @@ def timed(case: Case, loss: Loss, samples: int, allow_load: bool) -> tuple[list[
     return kept, max(loads, default=1.0)
 
 
+def summary(times: Sequence[float]) -> Info:
+    """Median, least and largest of seconds, in ms."""
+    chosen = (("median_ms", statistics.median), ("min_ms", min), ("max_ms", max))
+    return {name: round(choose(times) * 1000, 1) for name, choose in chosen}
+
+
+def in_turns(arguments: argparse.Namespace) -> list[Info]:
+    """Times of several cases, one step of each after another, so that a machine whose speed drifts is as fast for all.
+
+    Rounds under other load are thrown away. Nothing is checked.
+    """
+    torch.set_num_threads(arguments.threads)
+    method, products = arguments.method, arguments.products
+    loss = loss_function(method, products, arguments.threshold)
+    cases = [load(name, arguments.folder, arguments.vocab_size, is_pruned(method)) for name in arguments.case.split(",")]
+    rounds: list[list[float]] = []
+    for attempt in range(1 + (1 if arguments.allow_load else 4) * arguments.samples):
+        watch, times = Watch(), []
+        for case in cases:
+            start = time.perf_counter()
+            step(case, loss)
+            times.append(time.perf_counter() - start)
+        quiet = arguments.allow_load or watch.read()[1] <= OTHER_LOAD
+        if attempt and quiet:  # the first round warms up
+            rounds.append(times)
+        if len(rounds) == arguments.samples:
+            break
+    if not rounds:
+        return [{"error": OTHER_LOAD_ERROR} for _ in cases]
+    return [summary(times) for times in zip(*rounds, strict=True)]
+
+
 def threshold_errors(arguments: argparse.Namespace) -> Info:
     """Largest gradient error of the method at each of several occupancy thresholds."""
     torch.set_num_threads(arguments.threads)
@@ -289,10 +322,8 @@ def measure(arguments: argparse.Namespace) -> Info:
     else:
         times, others = timed(case, loss, arguments.samples, arguments.allow_load)
     if not times:
-        result["error"] = f"other processes took over {OTHER_LOAD:.0%} in every sample; pass --allow-load to keep them"
-        return result
-    for name, choose in (("median_ms", statistics.median), ("min_ms", min), ("max_ms", max)):
-        result[name] = round(choose(times) * 1000, 1)
+        return {**result, "error": OTHER_LOAD_ERROR}
+    result |= summary(times)
     result["cells_per_s"] = round(case.cells / statistics.median(times))
     if others > OTHER_LOAD:
         result["other_load"] = round(others, 2)
@@ -310,11 +341,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--threshold", type=float, required=True)
     found.add_argument("--vocab-size", type=int)
     found.add_argument("--folder", type=Path, required=True)
-    for name in ("--allow-load", "--error-by-threshold", "--once", "--unchecked"):
+    for name in ("--allow-load", "--error-by-threshold", "--once", "--unchecked", "--in-turns"):
         found.add_argument(name, action="store_true")
     return found
 
 
 if __name__ == "__main__":
     given = parser().parse_args()
-    print(json.dumps(threshold_errors(given) if given.error_by_threshold else measure(given)), flush=True)
+    modes = {given.error_by_threshold: threshold_errors, given.in_turns: in_turns}
+    print(json.dumps(modes.get(True, measure)(given)), flush=True)

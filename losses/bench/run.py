@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,23 @@ class Run:
 
     def child(self, case: str, method: str, products: str, *flags: str, samples: int | None = None) -> Result:
         """The measurement of one method in a process of its own."""
+        found = self._child(case, method, products, flags, samples)
+        if isinstance(found, str):
+            return {"case": case, "method": method, "products": products, "error": found}
+        return found
+
+    def in_turns(self, rows: list[Result]) -> None:
+        """Puts times into rows of one method without an error, all taken in one process, one step after another."""
+        rows = [r for r in rows if "error" not in r]
+        if not rows:
+            return
+        names = ",".join(r["case"] for r in rows)
+        found = self._child(names, rows[0]["method"], rows[0]["products"], ("--in-turns",), None)
+        for i, result in enumerate(rows):
+            result.update({"error": found} if isinstance(found, str) else found[i])
+
+    def _child(self, case: str, method: str, products: str, flags: Sequence[str], samples: int | None) -> Any:
+        """What losses.bench.measure says, or, as text, why it ended."""
         chosen = self.chosen
         command = [sys.executable, "-m", "losses.bench.measure", "--case", case, "--method", method, *flags]
         command += ["--products", products, "--threads", str(chosen.threads), "--folder", str(self.folder)]
@@ -111,15 +129,18 @@ class Run:
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            return {"case": case, "method": method, "products": products, "error": f"exit {done.returncode}: {last}"}
+            return f"exit {done.returncode}: {last}"
         return json.loads(done.stdout.strip().splitlines()[-1])
 
-    def measure(self, case: str, method: str, products: str) -> Result:
-        """One row. Of a heavy case the first utterances are checked; "headline" is measured in one step."""
+    def measure(self, case: str, method: str, products: str, samples: int | None = None) -> Result:
+        """One row. Of a heavy case the first utterances are checked; "headline" is measured in one step.
+
+        samples: other than chosen; 0 takes no time.
+        """
         flags = ["--error-by-threshold"] if self.chosen.error_by_threshold else []
         if not heavy(case, self.chosen.vocab_size):
             self.prepare(case)
-            return self.child(case, method, products, *flags)
+            return self.child(case, method, products, *flags, samples=samples)
         if too_large(case, method, self.chosen.vocab_size):
             wrong = f"makes logits of over {LARGEST_LOGITS / 2**30:.0f} GiB; of use here: {', '.join(TILED)}"
             return {"case": case, "method": method, "products": products, "error": wrong}
@@ -127,7 +148,7 @@ class Run:
         checked = self.check(case, method, products)
         if "error" in checked or flags:
             return {**checked, "case": case}
-        found = self.child(case, method, products, "--unchecked", *once)
+        found = self.child(case, method, products, "--unchecked", *once, samples=samples)
         return {**found, **checked_of(checked)}
 
     def check(self, case: str, method: str, products: str) -> Result:

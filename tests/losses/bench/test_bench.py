@@ -139,24 +139,48 @@ def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_linearity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "M", (2, 20, 5, 50))
-    chosen = small_run(tmp_path, "--linearity", "--values", "50,60", "--lengths", "10x4,20x4,30x4")
+    chosen = small_run(tmp_path, "--linearity", "--values", "50,60", "--batches", "2,4,6", "--lengths", "10x4,20x4,30x4")
 
-    def measured(case: str, method: str, products: str) -> run.Result:
+    def measured(case: str, method: str, products: str, samples: int | None = None) -> run.Result:
         found, size = make(case), int(case.removesuffix("-full").split("x")[3])
         result = {"case": case, "method": method, "products": products, "cells": found.cells}
-        return {**result, "median_ms": 2.0 + 0.5 * found.cells, "peak_mb": float(size)}
+        return {**result, "kept_cells": found.cells**2, "peak_mb": float(size)}
+
+    def in_turns(rows: list[run.Result]) -> None:
+        for result in rows:
+            result["median_ms"] = 2.0 + 0.5 * result["cells"]
 
     monkeypatch.setattr(chosen, "measure", measured)
-    line, memory = sweep.linearity(chosen)
-    assert line["cells_range"] == [100, 300] and line["r2"] == 1
-    assert line["us_per_cell"] == 500 and line["intercept_ms"] == 2
+    monkeypatch.setattr(chosen, "in_turns", in_turns)
+    by_batch, by_length, memory = sweep.linearity(chosen)
+    assert by_length["cells_range"] == [100, 300] and by_batch["cells_range"][0] == make("2x20x5x50").cells
+    for line in (by_batch, by_length):
+        assert line["r2"] == 1 and line["r2_by_cells_and_kept_cells"] == 1
+        assert line["us_per_cell"] == 500 and line["intercept_ms"] == 2
     assert memory["peak_mb_by_vocab_size"] == {50: 50.0, 60: 60.0}
-    assert is_png(tmp_path / "out" / "linearity_bf16.png")
+    for name in ("batches", "lengths"):
+        assert is_png(tmp_path / "out" / f"linearity_{name}_bf16.png")
+
+
+def test_cases_are_timed_in_turns(tmp_path: Path) -> None:
+    chosen = small_run(tmp_path, "--samples", "2")
+    row = {"method": "fused", "products": "bf16"}
+    rows = [{"case": "1x10x4x50", **row}, {"case": "2x20x4x50", **row, "error": "wrong"}, {"case": "2x30x4x50", **row}]
+    chosen.in_turns(rows)
+    for result in (rows[0], rows[2]):
+        assert 0 < result["min_ms"] <= result["median_ms"] <= result["max_ms"]
+    assert rows[1] == {"case": "2x20x4x50", **row, "error": "wrong"}
+    broken = [{"case": "nothing", **row}]
+    chosen.in_turns(broken)
+    assert "nothing does not exist" in broken[0]["error"]
 
 
 def test_a_line_is_fitted() -> None:
     assert sweep.fit([1, 2, 4], [5, 7, 11]) == pytest.approx((2, 3, 1))
     assert sweep.fit([0, 1, 2], [0, 1, 0])[2] == pytest.approx(0)
+    x, z = [1, 2, 3, 5], [4, 1, 3, 9]
+    assert sweep.fit_two(x, z, [7 + 2 * a - b for a, b in zip(x, z, strict=True)]) == pytest.approx(1)
+    assert sweep.fit_two(x, [1, 1, 1, 1], [0, 1, 0, 1]) == pytest.approx(sweep.fit(x, [0, 1, 0, 1])[2])
 
 
 def test_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def default_sizes(kernels: ModuleType, dtype: torch.dtype, overlap: bool = True)
     """Those that are fastest where there is memory enough, with products in dtype."""
     overlap = overlap and dtype.itemsize == 2  # logits of four bytes: one large cache serves better than two
     cache = kernels.CACHE if overlap else kernels.CACHE_OF_ONE
-    return Sizes(kernels.TILE, kernels.GROUP, cache, kernels.CHUNK, kernels.LEAST_TILE, overlap=overlap)
+    return Sizes(kernels.TILE, kernels.GROUP, cache, kernels.CHUNK, kernels.LEAST_TILE[dtype.itemsize], overlap=overlap)
 
 
 def filled(count: int, multiple: int = ROWS) -> int:

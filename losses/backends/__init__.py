@@ -25,7 +25,8 @@ A logits kernel module has DTYPES, the dtypes of logits that it takes, and two f
 A packed kernel module works on any cells [N] of joiner inputs enc [B * T, J] and pred [B * (U+1), J], given by the
 index of each cell's row of both. It has DTYPES, sizes in bytes (TILE of logits and hidden states at a time, GROUP of
 logits of utterances taken together, CACHE of a group's logits that are kept for the gradient where two groups are
-taken at a time, CACHE_OF_ONE otherwise, CHUNK of gradients by the logits), LEAST_TILE in cells, and
+taken at a time, CACHE_OF_ONE otherwise, CHUNK of gradients by the logits), LEAST_TILE in cells by bytes of a number,
+and
 
     parallel() -> context that gives a number of threads
     start(tasks, threads) -> wait: call each of the tasks in any order, all of them before wait() returns

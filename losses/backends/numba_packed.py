@@ -24,7 +24,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # two groups at a time, or CACHE_OF_ONE.
 TILE, GROUP, CACHE, CACHE_OF_ONE, CHUNK = 2**21, 10 * 2**20, 20 * 2**20, 46 * 2**20, 6 * 2**20
 PACKED = 4 * 2**20  # bytes of a weight that may be kept twice
-LEAST_TILE = 128  # cells of a tile at least, for the matrix product's sake
+# Cells of a tile at least, for the sake of the matrix product, by bytes of a number: in half precision AMX wants more.
+LEAST_TILE = {2: 128, 4: 64, 8: 64}
 ALIGNED = 32  # columns of half precision logits come in multiples: a third faster than 500, on AMX
 
 

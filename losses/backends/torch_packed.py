@@ -13,7 +13,7 @@ from losses.backends import GRADIENT_FLOOR
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Bytes of logits: few large operations, since each of them costs a launch.
 TILE, GROUP, CACHE, CACHE_OF_ONE, CHUNK = 2**26, 2**27, 2**27, 2**28, 2**27
-LEAST_TILE = 128
+LEAST_TILE = {2: 128, 4: 128, 8: 128}
 
 
 def parallel() -> nullcontext[int]:

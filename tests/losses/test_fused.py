@@ -69,7 +69,7 @@ def test_tiles_chunks_and_caches_of_any_size(
         monkeypatch.setattr(module, "GROUP", cache)
         monkeypatch.setattr(module, "CACHE", cache)
         monkeypatch.setattr(module, "CACHE_OF_ONE", cache)
-        monkeypatch.setattr(module, "LEAST_TILE", 2)
+        monkeypatch.setattr(module, "LEAST_TILE", dict.fromkeys((2, 4, 8), 2))
     problem = make(topology, name)
     if shared:
         problem.upstream = torch.full_like(problem.upstream, 3.0)
@@ -267,7 +267,7 @@ def test_products_come_in_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_cache_where_it_would_hold_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for size, expected in ((2, 0), (80, 128)):
         monkeypatch.setattr(numba_packed, "CACHE_OF_ONE", size * 1024)
-        monkeypatch.setattr(numba_packed, "LEAST_TILE", 2)
+        monkeypatch.setattr(numba_packed, "LEAST_TILE", dict.fromkeys((2, 4, 8), 2))
         problem = make("regular", "odd sizes", dtype=torch.float32, vocab=160, dim=6)
         lengths, blank = check_inputs(*problem.arguments(), topology="regular", blank=0)
         settings = Settings(lengths, "tanh", "regular", blank, TransducerLossOptions(), True)

@@ -47,7 +47,7 @@ from losses.shapes import Lengths, product_dtype
 from losses.sizes import Sizes
 
 # An estimate below this times the threshold is believed, if estimates are right to its square root.
-MARGIN = 1e-2
+MARGIN = 0.1
 SAMPLED = 61  # a prime, so that the sample has cells of all columns
 
 # A group, what takes its logits, and its log-probs.

@@ -161,8 +161,8 @@ def tokenizer_of(payload: dict[str, Any]) -> Tokenizer:
     return Tokenizer.from_state(json.loads(payload["tokenizer"]))
 
 
-def load_weights(model: Transducer, weights: dict[str, Tensor], source: str) -> None:
-    """Copies weights into a model.
+def check_weights(model: Transducer, weights: dict[str, Tensor], source: str) -> None:
+    """Whether whole weights are those of a model, whose own may be shared out over processes.
 
     Raises:
         CheckpointError: names or shapes differ: the checkpoint is of another model.
@@ -182,6 +182,15 @@ def load_weights(model: Transducer, weights: dict[str, Tensor], source: str) -> 
             f"{source} is of another model: {len(names)} tensors differ, first {first}: {found.get(first, 'absent')}"
             f" there, {expected.get(first, 'absent')} in the configured model; use the configuration of that training"
         )
+
+
+def load_weights(model: Transducer, weights: dict[str, Tensor], source: str) -> None:
+    """Copies weights into a model.
+
+    Raises:
+        CheckpointError: as `check_weights`.
+    """
+    check_weights(model, weights, source)
     model.load_state_dict(weights)
 
 

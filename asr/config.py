@@ -27,7 +27,7 @@ from asr.errors import UserError
 from asr.models.presets import PRESETS
 from asr.models.transducer import LossConfig, ModelConfig
 from asr.training.optim import OptimConfig
-from asr.training.trainer_config import AverageConfig, TrainingConfig
+from asr.training.trainer_config import AverageConfig, ParallelConfig, TrainingConfig
 from losses import LOSSES
 from losses.api import check_combination
 from losses.memory import parse_limit
@@ -46,6 +46,7 @@ class Experiment:
         loss: objective.
         optim: optimizer and schedule.
         training: length of the run, checkpoints, precision.
+        parallel: how training is spread over processes.
         average: which checkpoints become the model that decodes.
         decoding: search.
     """
@@ -58,6 +59,7 @@ class Experiment:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     average: AverageConfig = field(default_factory=AverageConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from asr.cli.guard import stopped_by_sigterm
 
-HELP = "Trains a model from cut manifests with features and a configuration; SIGTERM saves and stops, --resume goes on."
+HELP = (
+    "Trains a model from cut manifests with features and a configuration; SIGTERM saves and stops, --resume goes on."
+    " Several processes: torchrun --nproc-per-node N -m asr.cli.train [the same options]."
+)
 
 
 class _HelpKeys(argparse.Action):
@@ -39,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out-dir", type=Path, required=True, metavar="DIR", help="receives checkpoints, metrics and report.html")
     text = "tokenizer.json; without it, one is learnt from the training texts and kept in the output folder"
     add("--tokenizer", type=Path, metavar="FILE", help=text)
+    text = "feature statistics, JSON; without them, they are computed from the training cuts"
+    add("--feature-stats", type=Path, metavar="FILE", help=text)
     text = "auto: go on from the newest checkpoint of the output folder; none: start anew; else a checkpoint"
     add("--resume", default="auto", metavar="auto|none|FILE", help=text)
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, or auto: cuda where there is one")
@@ -61,30 +67,45 @@ def _train(args: argparse.Namespace) -> int:
         overrides.append("data.strict=true")
     experiment = load_experiment(args.config, overrides)  # first: a misspelled key must not wait for the data
 
-    from asr.data.features import compute_stats
+    from asr.data.features import FeatureStats, compute_stats
     from asr.data.manifests import load_cuts
     from asr.data.tokenizer import Tokenizer
     from asr.device import resolve_device
     from asr.errors import UserError
+    from asr.training.ranks import rank_device, started
     from asr.training.train_data import load_train_data
     from asr.training.trainer import train
 
-    device = resolve_device(args.device)
-    kept = args.out_dir / "tokenizer.json"
-    path = args.tokenizer or (kept if kept.is_file() else None)
-    cuts = load_cuts(args.train_cuts)
-    # what is wrong with these must not wait for a tokenizer to be learnt
-    load_cuts(args.valid_cuts)
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    if not os.access(args.out_dir, os.W_OK | os.X_OK):
-        raise UserError(f"--out-dir {args.out_dir} cannot be written to; allow it with chmod, or choose another folder")
-    if path is None:
-        texts = [part.text for cut in cuts for part in cut.supervisions if part.text]
-        tokenizer = Tokenizer.train(texts, experiment.tokenizer)
-    else:
-        tokenizer = Tokenizer.load(path)
-    tokenizer.save(kept)
-    data = load_train_data(experiment, args.train_cuts, args.valid_cuts, tokenizer, compute_stats(cuts), args.out_dir)
-    result = train(experiment, data, args.out_dir, resume=args.resume, device=device)
-    print(f"{result.reason} at step {result.step}; report: {args.out_dir / 'report.html'}", flush=True)
+    with started(args.device, experiment.parallel.timeout_s) as ranks:
+        device = rank_device(resolve_device(args.device), ranks)
+        experiment.parallel.check(ranks.size)
+        kept = args.out_dir / "tokenizer.json"
+        path = args.tokenizer or (kept if kept.is_file() else None)
+        cuts = load_cuts(args.train_cuts)
+        # what is wrong with these must not wait for a tokenizer to be learnt
+        load_cuts(args.valid_cuts)
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(args.out_dir, os.W_OK | os.X_OK):
+            raise UserError(
+                f"--out-dir {args.out_dir} cannot be written to; allow it with chmod, or choose another folder"
+            )
+
+        def learn() -> Tokenizer:
+            texts = [part.text for cut in cuts for part in cut.supervisions if part.text]
+            tokenizer = Tokenizer.train(texts, experiment.tokenizer) if path is None else Tokenizer.load(path)
+            tokenizer.save(kept)
+            return tokenizer
+
+        tokenizer = ranks.from_first(learn)
+        stats = compute_stats(cuts) if args.feature_stats is None else FeatureStats.load(args.feature_stats)
+        data = load_train_data(experiment, args.train_cuts, args.valid_cuts, tokenizer, stats, args.out_dir)
+        result = train(experiment, data, args.out_dir, resume=args.resume, device=device, ranks=ranks)
+        if ranks.first:
+            print(f"{result.reason} at step {result.step}; report: {args.out_dir / 'report.html'}", flush=True)
     return 0
+
+
+if __name__ == "__main__":  # torchrun -m asr.cli.train
+    from asr.cli.main import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

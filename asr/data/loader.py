@@ -89,11 +89,21 @@ class DataConfig:
 class BatchLoader(Iterable[Batch]):
     """Batches in a fixed order. ``len`` is the number that an iteration gives; each iteration starts anew.
 
+    The first ``own`` of them count; one more may stand in for a batch that is not there, see `train_loader`.
+
     Leaving an iteration early ends its workers, also by an exception or a signal handler that raises.
     """
 
-    def __init__(self, dataset: BatchDataset, batches: list[list[int]], num_workers: int, pin_memory: bool) -> None:
+    def __init__(
+        self,
+        dataset: BatchDataset,
+        batches: list[list[int]],
+        num_workers: int,
+        pin_memory: bool,
+        own: int | None = None,
+    ) -> None:
         self.batches = batches
+        self.own = len(batches) if own is None else own
         self._dataset = dataset
         self._num_workers = min(num_workers, len(batches))
         self._pin_memory = pin_memory
@@ -213,8 +223,13 @@ def train_loader(
     epoch: int,
     skip_batches: int = 0,
     pin_memory: bool = False,
+    rank: int = 0,
+    size: int = 1,
 ) -> BatchLoader:
     """Augmented batches of one epoch, in random order, every cut exactly once.
+
+    Of several processes, each takes every size-th batch of the same order. Where they do not come out even, a process
+    without a batch in the last round gets the first of that round to stand in, which must not count.
 
     Args:
         cuts: with stored features if ``config.features.storage`` is "stored" (then speeds and copies are among them
@@ -223,8 +238,10 @@ def train_loader(
         config: how.
         seed: seed of the experiment.
         epoch: number of the epoch; decides order and augmentation.
-        skip_batches: leave out this many batches of the epoch without loading them; the others stay bit-identical.
+        skip_batches: leave out this many batches of the epoch, of all processes, without loading them; the others stay
+            bit-identical, whatever the number of processes.
         pin_memory: page-locked memory, for copies to a CUDA device.
+        rank, size: number of this process, and of all.
 
     Raises:
         UserError: there are no cuts; or stored features are missing or were made with other settings. While
@@ -241,7 +258,12 @@ def train_loader(
         cut_list = expand_cuts([cut.drop_features() for cut in cut_list], config.augment)
     batches = plan_epoch([cut.duration for cut in cut_list], config, seed=seed, epoch=epoch)
     dataset = BatchDataset(cut_list, tokenizer, config, seed, epoch)
-    return BatchLoader(dataset, batches[skip_batches:], config.num_workers, pin_memory)
+    left = batches[skip_batches:]
+    own = left[rank::size]
+    count = len(own)
+    if count < -(-len(left) // size):
+        own.append(left[(len(left) - 1) // size * size])
+    return BatchLoader(dataset, own, config.num_workers, pin_memory, count)
 
 
 def eval_loader(

@@ -21,34 +21,50 @@ class TooManyBadBatches(UserError):
 class BadBatches:
     """Counts, names and dumps batches that were skipped, and stops the run after too many.
 
+    Of several processes each dumps its own; all count those of all, so that all stop.
+
     Args:
         folder: where dumps go, one file a batch, loadable with ``torch.load(..., weights_only=True)``.
         allowed: how many may be skipped.
         count: how many were skipped before (a resumed run).
         record: called with kind="bad_batch" fields, for the metrics file.
         say: prints a line.
+        suffix: of the names of dumps, this process's own.
     """
 
-    def __init__(self, folder: Path, allowed: int, count: int, record: Callable[..., None], say: Callable[[str], None]):
+    def __init__(
+        self,
+        folder: Path,
+        allowed: int,
+        count: int,
+        record: Callable[..., None],
+        say: Callable[[str], None],
+        suffix: str = "",
+    ):
         self.folder = folder
+        self._dumped, self._suffix = count, suffix
         self.allowed = allowed
         self.count = count
         self._record = record
         self._say = say
 
     def skip(self, batch: Batch, step: int, reason: str) -> None:
-        """Names and dumps one batch.
-
-        Raises:
-            TooManyBadBatches: this one was one too many.
-        """
-        self.count += 1
-        path = self.folder / f"step-{step:08d}-{self.count}.pt"
+        """Names and dumps one batch. `skipped` counts it."""
+        self._dumped += 1
+        path = self.folder / f"step-{step:08d}-{self._dumped}{self._suffix}.pt"
         fields: dict[str, Any] = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
         atomic_save({"reason": reason, "step": step, **fields}, path)
         self._record(step=step, reason=reason, cut_ids=batch.cut_ids, dump=str(path))
         ids = ", ".join(batch.cut_ids)
         self._say(f"warning: step {step}: {reason}; batch skipped, dumped to {path}, utterances: {ids}")
+
+    def skipped(self, count: int) -> None:
+        """Counts batches of all processes.
+
+        Raises:
+            TooManyBadBatches: these were too many.
+        """
+        self.count += count
         if self.count > self.allowed:
             raise TooManyBadBatches(
                 f"{self.count} batches had a non-finite loss or gradient and training.max_bad_batches={self.allowed}"

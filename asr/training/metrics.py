@@ -29,18 +29,21 @@ class MetricsWriter:
     A resumed run appends; a reader lets the later of two records of one step win.
 
     Args:
-        out_dir: receives metrics.jsonl and tensorboard/.
+        out_dir: receives metrics.jsonl and tensorboard/; None writes nothing (all processes but the first).
         tensorboard: also write TensorBoard events.
         step: steps that lie behind; TensorBoard drops what an earlier process logged of later ones.
     """
 
-    def __init__(self, out_dir: Path, tensorboard: bool, step: int = 0):
+    def __init__(self, out_dir: Path | None, tensorboard: bool, step: int = 0):
+        self._file: TextIO | None = None
+        self._board: Any = None
+        if out_dir is None:
+            return
         path = out_dir / "metrics.jsonl"
         torn = _lacks_newline(path)
         self._file = open(path, "a", encoding="utf-8")
         if torn:  # a full disk cut the last line: it must not swallow the next one
             self._file.write("\n")
-        self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -48,6 +51,8 @@ class MetricsWriter:
             self._board = SummaryWriter(folder, purge_step=step + 1, max_queue=100, flush_secs=30)
 
     def write(self, kind: str, **values: Any) -> None:
+        if self._file is None:
+            return
         record = {"kind": kind, **{name: _finite(value) for name, value in values.items()}}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -57,16 +62,21 @@ class MetricsWriter:
                     self._board.add_scalar(f"{kind}/{name}", value, values["step"], walltime=time.time())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
 
 class ProgressLine:
-    """One line on a terminal, rewritten; on a file or pipe, a line at most every ``every_s`` seconds."""
+    """One line on a terminal, rewritten; on a file or pipe, a line at most every ``every_s`` seconds.
 
-    def __init__(self, stream: TextIO | None = None, every_s: float = 10.0):
+    With ``quiet`` it says nothing: one of several processes speaks for all.
+    """
+
+    def __init__(self, stream: TextIO | None = None, every_s: float = 10.0, quiet: bool = False):
         self._stream = stream = stream or sys.stdout
+        self._quiet = quiet
         self._live = stream.isatty()
         self._every_s = 0.2 if self._live else every_s
         self._last = -math.inf
@@ -74,7 +84,7 @@ class ProgressLine:
 
     def show(self, text: str) -> None:
         now = time.monotonic()
-        if now - self._last < self._every_s:
+        if self._quiet or now - self._last < self._every_s:
             return
         self._last = now
         if self._live:
@@ -86,6 +96,8 @@ class ProgressLine:
 
     def say(self, text: str) -> None:
         """A line that stays."""
+        if self._quiet:
+            return
         if self._open:
             self._stream.write("\r\x1b[K")
             self._open = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -68,20 +68,25 @@ def learning_rate(config: OptimConfig, step: int, progress: float) -> float:
     return config.lr * rise * fall
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with two groups: matrices decay; biases, norms and embeddings do not."""
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Two groups: matrices decay; biases, norms and embeddings do not."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (decayed if parameter.dim() > 1 and id(parameter) not in embeddings else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`."""
+    groups = parameter_groups(model, config)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
 class WeightAverage:
-    """Exponential moving average of all floating-point weights.
+    """Exponential moving average of all floating-point weights; of weights that processes share, each its part.
 
     The decay rises as (1 + step) / (10 + step) up to its final value, so that early averages follow the model.
     """
@@ -89,14 +94,20 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self._floats = [name for name, value in self.weights.items() if value.is_floating_point()]
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         weight = 1.0 - min(self.decay, (1.0 + step) / (10.0 + step))
         current = model.state_dict()
-        floats = [name for name, value in self.weights.items() if value.is_floating_point()]
-        torch._foreach_lerp_([self.weights[n] for n in floats], [current[n].detach() for n in floats], weight)
+        averages, weights = ([_own_part(tree[name]) for name in self._floats] for tree in (self.weights, current))
+        torch._foreach_lerp_(averages, weights, weight)
 
     def load(self, weights: dict[str, Tensor]) -> None:
         for name, value in self.weights.items():
             value.copy_(weights[name])
+
+
+def _own_part(weight: Tensor) -> Tensor:
+    """What this process has of a weight that several share; a weight of one process as it is."""
+    return weight.detach().to_local() if hasattr(weight, "to_local") else weight.detach()  # type: ignore[no-any-return, attr-defined]

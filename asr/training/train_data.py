@@ -10,6 +10,7 @@ from asr.data.features import FeatureStats
 from asr.data.manifests import check_cuts, load_cuts
 from asr.data.tokenizer import Tokenizer
 from asr.errors import UserError
+from asr.training.ranks import place
 from asr.training.trainer import TrainData
 
 
@@ -43,7 +44,7 @@ def load_train_data(
         good.append(kept)
     config = experiment.data
     report_bad_rows(bad, total, config.strict, config.max_bad_fraction, out / "bad_rows.txt")
-    if bad:
+    if bad and place().first:
         print(f"left out {len(bad)} of {total} cuts, reasons in {out / 'bad_rows.txt'}", flush=True)
     for path, kept in zip((train_cuts, valid_cuts), good, strict=True):
         if len(kept) == 0:

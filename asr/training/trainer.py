@@ -9,7 +9,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from asr import checkpoint
 from asr.config import Experiment, dump
 from asr.data.batch import Batch
 from asr.data.features import FeatureStats
-from asr.data.loader import DataConfig, eval_loader, explain_dead_worker, train_loader
+from asr.data.loader import BatchLoader, DataConfig, eval_loader, explain_dead_worker, train_loader
 from asr.data.tokenizer import Tokenizer
 from asr.environment import cpu
 from asr.errors import Terminated, UserError
@@ -30,8 +30,10 @@ from asr.models.transducer import TransducerLosses, build_model, parameter_count
 from asr.training.faults import BadBatches, Termination
 from asr.training.memory import keep_freed_memory
 from asr.training.metrics import MetricsWriter, ProgressLine, clock
-from asr.training.optim import WeightAverage, learning_rate, make_optimizer
+from asr.training.optim import WeightAverage, learning_rate
+from asr.training.parallel import Parallel, barrier, shared_like, whole
 from asr.training.precision import autocast, resolve_precision
+from asr.training.ranks import Ranks
 from asr.training.validation import Validation, validate
 
 
@@ -91,10 +93,20 @@ class Trainer:
         out_dir: receives checkpoints/, best.pt, metrics.jsonl, tensorboard/, bad_batches/.
         device: "cpu", "cuda" or "cuda:N".
         command: the command line, for the report.
+        ranks: the processes of the run; all of them make a Trainer, and call its methods together. The first writes.
     """
 
-    def __init__(self, experiment: Experiment, data: TrainData, out_dir: Path, device: str, command: str | None = None):
+    def __init__(
+        self,
+        experiment: Experiment,
+        data: TrainData,
+        out_dir: Path,
+        device: str,
+        command: str | None = None,
+        ranks: Ranks | None = None,
+    ):
         self.experiment = experiment
+        self.ranks = ranks or Ranks()
         self.config = experiment.training
         self.data = data
         self.out_dir = Path(out_dir)
@@ -108,7 +120,7 @@ class Trainer:
         self.checkpoints = self.out_dir / "checkpoints"
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.progress = Progress()
-        self.line = ProgressLine()
+        self.line = ProgressLine(quiet=not self.ranks.first)
         torch.manual_seed(_seed_of(experiment.seed, "weights"))
         stats = data.stats
         self.model = build_model(
@@ -117,7 +129,10 @@ class Trainer:
             None if stats is None else torch.as_tensor(stats.mean),
             None if stats is None else torch.as_tensor(stats.scale),
         ).to(self.device)
-        self.optimizer = make_optimizer(self.model, experiment.optim)
+        # a CTC head without its loss has no gradient
+        unused = self.model.ctc_head is not None and experiment.loss.ctc_weight == 0
+        self.parallel = Parallel(self.model, experiment.parallel, experiment.optim, self.ranks, unused)
+        self.optimizer = self.parallel.optimizer
         self.ema = WeightAverage(self.model, self.config.ema_decay) if self.config.ema_decay > 0 else None
         self.total_s = self.config.max_epochs * _epoch_seconds(data.train_cuts, experiment.data)
         if self.total_s <= 0:
@@ -126,22 +141,27 @@ class Trainer:
     # -- saving and resuming ------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Writes the next step checkpoint, then removes old ones; a failure in between loses nothing."""
+        """Writes the next step checkpoint, then removes old ones; a failure in between loses nothing.
+
+        The file is the same for any number of processes, and any number goes on from it.
+        """
         path = self.checkpoints / checkpoint.step_name(self.progress.step)
-        payload = checkpoint.make_payload(
-            self.model.state_dict(),
-            self.experiment,
-            self.data.tokenizer,
-            step=self.progress.step,
-            epoch=self.progress.epoch,
-            training={
-                "optimizer": self.optimizer.state_dict(),
-                "ema": None if self.ema is None else self.ema.weights,
-                "progress": vars(self.progress),
-            },
-        )
-        checkpoint.atomic_save(payload, path)
-        checkpoint.prune(self.checkpoints, self.config.keep_last)
+        weights, optimizer = self.parallel.weights(), self.parallel.optimizer_state()
+        ema = None if self.ema is None else whole(self.ema.weights)
+
+        def write() -> None:
+            payload = checkpoint.make_payload(
+                weights,
+                self.experiment,
+                self.data.tokenizer,
+                step=self.progress.step,
+                epoch=self.progress.epoch,
+                training={"optimizer": optimizer, "ema": ema, "progress": vars(self.progress)},
+            )
+            checkpoint.atomic_save(payload, path)
+            checkpoint.prune(self.checkpoints, self.config.keep_last)
+
+        self.ranks.from_first(write)
         return path
 
     def resume(self, path: Path) -> None:
@@ -153,19 +173,21 @@ class Trainer:
         payload = checkpoint.read(path)
         if "training" not in payload:
             raise checkpoint.CheckpointError(f"{path} holds weights only; resume from a file in checkpoints/")
-        checkpoint.load_weights(self.model, payload["model"], f"checkpoint {path}")
+        checkpoint.check_weights(self.model, payload["model"], f"checkpoint {path}")
+        self.parallel.load_weights(payload["model"])
         if checkpoint.tokenizer_of(payload).to_state() != self.data.tokenizer.to_state():
             raise checkpoint.CheckpointError(
                 f"checkpoint {path} was trained with another tokenizer of the same size; pass that one"
             )
         variable = ("params", "lr")
         settings = [{k: v for k, v in group.items() if k not in variable} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(payload["training"]["optimizer"])
+        self.parallel.load_optimizer_state(payload["training"]["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)  # the configuration decides, not what it was when the checkpoint was written
         if self.ema is not None:
             ema = payload["training"]["ema"]
-            self.ema.load(payload["model"] if ema is None else ema)  # turned on later: starts from these weights
+            ema = payload["model"] if ema is None else ema  # turned on later: starts from these weights
+            self.ema.load(shared_like(ema, self.ema.weights))
         self.progress = Progress(**payload["training"]["progress"])
         self.line.say(f"resumed from {path}: epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1}")
 
@@ -186,7 +208,7 @@ class Trainer:
 
     def _forward(self, batch: Batch, micro: int, done: float) -> TransducerLosses:
         with autocast(self.precision, self.device):
-            losses: TransducerLosses = self.model(
+            losses: TransducerLosses = self.parallel.forward(
                 batch.features,
                 batch.feature_lens,
                 batch.targets,
@@ -197,17 +219,23 @@ class Trainer:
             )
         return losses
 
-    def step(self, batches: list[Batch], bad: BadBatches) -> dict[str, Any]:
-        """One optimizer step over ``batches``; returns what metrics.jsonl records of it.
+    def step(self, batches: list[Batch], bad: BadBatches, own: int | None = None) -> dict[str, Any]:
+        """One optimizer step over ``batches`` of each process; returns what metrics.jsonl records of it.
 
-        The summed loss is divided by the count over all batches that are used, so that accumulation equals one large
-        batch of them.
+        The summed loss is divided by the count over all batches of all processes that are used, so that accumulation
+        and several processes equal one large batch of them. Where the loss is not finite on one process, all leave out
+        the batch that they compute at the time, since what they compute together needs all of them.
+
+        Args:
+            batches: as many on each process.
+            bad: takes what is skipped.
+            own: so many of the batches, the first, count; the others stand in for batches that are not there.
         """
-        progress, optim = self.progress, self.experiment.optim
-        # dropout depends on the step alone: a resumed run needs no generator state
-        torch.manual_seed(_seed_of(self.experiment.seed, "step", progress.step))
-        count = self._count(batches)
-        audio_s = sum(sum(b.durations_s) for b in batches)
+        progress, optim, ranks = self.progress, self.experiment.optim, self.ranks
+        real = batches if own is None else batches[:own]
+        audio_s = sum(sum(b.durations_s) for b in real)
+        totals = ranks.sum([self._count(real), audio_s, len(real), sum(b.size for b in real)])
+        count, audio_s = round(totals[0]), totals[1]
         done = self._done()
         lr = learning_rate(optim, progress.step, done)
         for group in self.optimizer.param_groups:
@@ -215,33 +243,49 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         sums = {"loss": 0.0, "transducer_loss": 0.0, "simple_loss": 0.0, "ctc_loss": 0.0}
         used: list[Batch] = []
-        for micro, batch in enumerate(batches):
+        kept = 0  # rounds in which nothing was skipped
+        for number, batch in enumerate(batches):
+            # what is random depends on the step and the batch's place in it alone: a resumed run needs no generator
+            # state, and several processes draw what one would draw
+            micro = number * ranks.size + ranks.rank
+            torch.manual_seed(_seed_of(self.experiment.seed, "step", progress.step, micro))
+            counts = number < len(real)
             losses = self._forward(batch.to(self.device, non_blocking=True), micro, done)
-            if not bool(torch.isfinite(losses.loss)):
-                bad.skip(batch, progress.step + 1, f"non-finite loss {losses.loss.item()}")
+            finite = bool(torch.isfinite(losses.loss))
+            broken, bad_ones = ranks.sum([not finite, counts and not finite])
+            if broken:
+                if counts and not finite:
+                    bad.skip(batch, progress.step + 1, f"non-finite loss {losses.loss.item()}")
+                bad.skipped(round(bad_ones))
                 continue
-            (losses.loss / max(count, 1)).backward()
-            used.append(batch)
-            for name, value in zip(sums, losses, strict=True):
-                sums[name] += 0.0 if value is None else value.item()
-        used_count = self._count(used)
-        if used and len(used) < len(batches):  # each was divided by the count of all: those that were skipped too
+            # gradients are averaged over processes, and those of a stand-in are 0
+            (losses.loss * (ranks.size * counts / max(count, 1))).backward()
+            kept += 1
+            if counts:
+                used.append(batch)
+                for name, value in zip(sums, losses, strict=True):
+                    sums[name] += 0.0 if value is None else value.item()
+        used_count, *all_sums = ranks.sum([self._count(used), *sums.values()])
+        if 0 < kept < len(batches):  # each was divided by the count of all: those that were skipped too
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(max(count, 1) / max(used_count, 1))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip_grad_norm or math.inf)
-        if used and not bool(torch.isfinite(norm)):
+        norm = self.parallel.clip_grad_norm(optim.clip_grad_norm or math.inf)
+        if kept and not math.isfinite(norm):
             for batch in used:
-                bad.skip(batch, progress.step + 1, f"non-finite gradient norm {float(norm)}")
-        elif used:
+                bad.skip(batch, progress.step + 1, f"non-finite gradient norm {norm}")
+            bad.skipped(round(ranks.sum([len(used)])[0]))
+        elif kept:
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update(self.model, progress.step)
         progress.step += 1
-        progress.batch += len(batches)
+        progress.batch += round(totals[2])
         progress.consumed_s += audio_s
         progress.bad_batches = bad.count
-        averages: dict[str, Any] = {n: value / max(used_count, 1) if used else math.nan for n, value in sums.items()}
+        averages: dict[str, Any] = {
+            name: value / max(used_count, 1) if kept else math.nan for name, value in zip(sums, all_sums, strict=True)
+        }
         if self.model.joiner.simple is None:
             averages["simple_loss"] = None
         if self.experiment.loss.ctc_weight == 0:
@@ -249,35 +293,39 @@ class Trainer:
         return {
             **averages,
             "lr": lr,
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             "batch_seconds": audio_s,
-            "batch_size": sum(b.size for b in batches),
+            "batch_size": round(totals[3]),
         }
 
     # -- validation ---------------------------------------------------------------------------------------------------
 
-    def _weights_to_judge(self) -> dict[str, Tensor]:
-        return self.model.state_dict() if self.ema is None else self.ema.weights
-
     def validate(self, metrics: MetricsWriter, stop: Termination) -> Validation:
         """Validates the averaged weights where there are any, and keeps them as best.pt when they are.
+
+        The first process does it, while the others wait.
 
         Raises:
             Terminated: SIGTERM came; nothing was recorded.
         """
-        weights = {name: value.clone() for name, value in self._weights_to_judge().items()}
-        current = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.model.load_state_dict(weights)
+        weights = self.parallel.weights() if self.ema is None else whole(self.ema.weights)
+        result: Validation = self.ranks.from_first(lambda: self._judge(weights, metrics, stop))
+        progress = self.progress
+        if result.rank < (progress.best_errors, progress.best_loss):
+            progress.best_errors, progress.best_loss = result.rank
+            self.ranks.from_first(lambda: self._save_best(weights))
+        return result
+
+    def _judge(self, weights: dict[str, Tensor], metrics: MetricsWriter, stop: Termination) -> Validation:
+        model = build_model(self.experiment, self.data.tokenizer.vocab_size).to(self.device)
+        model.load_state_dict(weights)
         loader = eval_loader(
             self.data.valid_cuts,
             self.data.tokenizer,
             self.experiment.data,
             max_duration_s=self.experiment.decoding.batch_duration_s,
         )
-        try:
-            result = validate(self.model, stop.watch(loader), self.data.tokenizer, self.experiment, self.device)
-        finally:
-            self.model.load_state_dict(current)
+        result = validate(model, stop.watch(loader), self.data.tokenizer, self.experiment, self.device)
         progress = self.progress
         metrics.write(
             "valid",
@@ -289,22 +337,23 @@ class Trainer:
             errors=result.errors,
             words=result.words,
         )
-        if result.rank < (progress.best_errors, progress.best_loss):
-            progress.best_errors, progress.best_loss = result.rank
-            payload = checkpoint.make_payload(
-                weights, self.experiment, self.data.tokenizer, step=progress.step, epoch=progress.epoch
-            )
-            checkpoint.atomic_save(payload, self.out_dir / "best.pt")
         self.line.say(
             f"epoch {progress.epoch}: validation loss {result.loss:.4f} a token, WER {100 * result.wer:.2f}%"
             f" [{result.errors} / {result.words}]"
         )
         return result
 
+    def _save_best(self, weights: dict[str, Tensor]) -> None:
+        payload = checkpoint.make_payload(
+            weights, self.experiment, self.data.tokenizer, step=self.progress.step, epoch=self.progress.epoch
+        )
+        checkpoint.atomic_save(payload, self.out_dir / "best.pt")
+
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def _steps_of_epoch(self) -> Iterator[list[Batch]]:
-        loader: Iterable[Batch] = train_loader(
+    def _steps_of_epoch(self) -> Iterator[tuple[list[Batch], int]]:
+        """Batches of this process for each step, and how many of them count."""
+        loader: BatchLoader = train_loader(
             self.data.train_cuts,
             self.data.tokenizer,
             self.experiment.data,
@@ -312,10 +361,13 @@ class Trainer:
             epoch=self.progress.epoch,
             skip_batches=self.progress.batch,
             pin_memory=self.device.type == "cuda",
+            rank=self.ranks.rank,
+            size=self.ranks.size,
         )
-        batches = iter(loader)
+        batches, left = iter(loader), loader.own
         while group := list(islice(batches, self.config.accumulation)):
-            yield group
+            yield group, min(left, len(group))
+            left -= len(group)
 
     def _finished(self) -> bool:
         # at the step limit an epoch may still have to be closed with its validation
@@ -327,35 +379,16 @@ class Trainer:
 
     def run(self, stop: Termination) -> TrainResult:
         """Trains to the end, or until ``stop``; either way the newest state is on disk afterwards."""
-        for path in checkpoint.set_aside_later(self.checkpoints, self.progress.step):
-            self.line.say(f"warning: a checkpoint of a later step than this run's is set aside as {path}")
-        best_path = self.out_dir / "best.pt"
-        if self.progress.step == 0 and best_path.is_file():  # another run's; averaging would take it for a candidate
-            best_path.replace(best_path.with_name("best.pt.old"))
-        (self.out_dir / "config.yaml").write_text(dump(self.experiment), encoding="utf-8")
-        metrics = MetricsWriter(self.out_dir, self.config.tensorboard, self.progress.step)
-        counts = parameter_counts(self.model)
-        metrics.write(
-            "start",
-            command=self.command,
-            parameters=counts["total"],
-            device=str(self.device),
-            torch=torch.__version__,
-            precision=self.precision,
-            threads=torch.get_num_threads(),
-            python=platform.python_version(),
-            machine=f"{cpu()['model']}, {os.cpu_count()} cores",
-            train_cuts=len(self.data.train_cuts),
-            seed=self.experiment.seed,
-        )
-        parts = ", ".join(f"{name} {value:,}" for name, value in counts.items() if name != "total")
-        self.line.say(f"{counts['total']:,} parameters ({parts}), precision {self.precision}, device {self.device}")
+        metrics = self._begin() if self.ranks.first else MetricsWriter(None, False)
+        # files are as the first process leaves them before any other looks
+        barrier(self.ranks)
         bad = BadBatches(
             self.out_dir / "bad_batches",
             self.config.max_bad_batches,
             self.progress.bad_batches,
             lambda **fields: metrics.write("bad_batch", **fields),
-            self.line.say,
+            self.line.say if self.ranks.first else lambda text: print(f"rank {self.ranks.rank}: {text}", flush=True),
+            f"-rank{self.ranks.rank}" if self.ranks.size > 1 else "",
         )
         saved = next(reversed(checkpoint.step_checkpoints(self.checkpoints)), None)
         reason, best = "failed", None
@@ -381,22 +414,54 @@ class Trainer:
             metrics.close()
         return TrainResult(reason, self.progress.step, self.progress.epoch, saved, best)
 
+    def _begin(self) -> MetricsWriter:
+        """Readies the folder for what this run writes, and says what begins."""
+        for path in checkpoint.set_aside_later(self.checkpoints, self.progress.step):
+            self.line.say(f"warning: a checkpoint of a later step than this run's is set aside as {path}")
+        best_path = self.out_dir / "best.pt"
+        if self.progress.step == 0 and best_path.is_file():  # another run's; averaging would take it for a candidate
+            best_path.replace(best_path.with_name("best.pt.old"))
+        (self.out_dir / "config.yaml").write_text(dump(self.experiment), encoding="utf-8")
+        metrics = MetricsWriter(self.out_dir, self.config.tensorboard, self.progress.step)
+        counts = parameter_counts(self.model)
+        metrics.write(
+            "start",
+            command=self.command,
+            parameters=counts["total"],
+            device=str(self.device),
+            torch=torch.__version__,
+            precision=self.precision,
+            threads=torch.get_num_threads(),
+            python=platform.python_version(),
+            machine=f"{cpu()['model']}, {os.cpu_count()} cores",
+            train_cuts=len(self.data.train_cuts),
+            seed=self.experiment.seed,
+        )
+        parts = ", ".join(f"{name} {value:,}" for name, value in counts.items() if name != "total")
+        self.line.say(f"{counts['total']:,} parameters ({parts}), precision {self.precision}, device {self.device}")
+        return metrics
+
+    def _check(self, stop: Termination) -> None:
+        """Raises Terminated on all processes if a signal has come to one."""
+        stop.requested = self.ranks.any(stop.requested)
+        stop.check()
+
     def _epoch(self, bad: BadBatches, metrics: MetricsWriter, stop: Termination) -> None:
         """The rest of the current epoch, or up to the step limit.
 
         Raises:
             Terminated: SIGTERM came; the state is that after a whole step.
         """
-        stop.check()
+        self._check(stop)
         if self._at_step_limit():
             return
         self.model.train()
         progress = self.progress
         mark = time.monotonic()
         window_s, window_audio_s, window_wait_s = 0.0, 0.0, 0.0
-        for batches in self._steps_of_epoch():
+        for batches, own in self._steps_of_epoch():
             wait_s = time.monotonic() - mark
-            record = self.step(batches, bad)
+            record = self.step(batches, bad, own)
             now = time.monotonic()
             progress.time_s += now - mark
             window_s, window_wait_s, mark = window_s + now - mark, window_wait_s + wait_s, now
@@ -419,13 +484,13 @@ class Trainer:
                 f"epoch {progress.epoch + 1}/{self.config.max_epochs} step {progress.step} loss {record['loss']:.3f}"
                 f" lr {record['lr']:.1e} norm {record['grad_norm']:.2f} {speed:.0f} audio s/s ETA {clock(left_s)}"
             )
-            stop.check()
+            self._check(stop)
             if self._at_step_limit():
                 break
             if progress.step % self.config.checkpoint_every_steps == 0:
                 self.save()
                 mark = time.monotonic()
-        stop.check()
+        self._check(stop)
 
     def _close_epoch(self, metrics: MetricsWriter, stop: Termination) -> Validation | None:
         """Counts the epoch as done, with its validation if one is due; on SIGTERM it stays open for the resumed run."""
@@ -466,6 +531,7 @@ def train(
     resume: str = "auto",
     device: str = "cpu",
     command: str | None = None,
+    ranks: Ranks | None = None,
 ) -> TrainResult:
     """Trains in ``out_dir`` and writes report.html there.
 
@@ -475,8 +541,9 @@ def train(
         out_dir: may hold an earlier part of the same run.
         resume: "auto" goes on from the newest whole checkpoint of ``out_dir`` if there is one; "none" starts anew; else
             the path of a step checkpoint.
-        device: "cpu" or "cuda[:N]".
+        device: "cpu" or "cuda[:N]", this process's own.
         command: the command line that the report shows.
+        ranks: the processes of the run, of `ranks.started`; each of them calls this.
 
     Raises:
         UserError: no training cuts, a checkpoint of another model, too many bad batches, no such device.
@@ -484,8 +551,10 @@ def train(
     """
     from asr.training.report import write_report
 
-    trainer = Trainer(experiment, data, Path(out_dir), device, command)
-    start = find_resume(resume, Path(out_dir), trainer.line.say)
+    ranks = ranks or Ranks()
+    experiment.parallel.check(ranks.size)
+    trainer = Trainer(experiment, data, Path(out_dir), device, command, ranks)
+    start = ranks.from_first(lambda: find_resume(resume, Path(out_dir), trainer.line.say))
     if start is not None:
         trainer.resume(start)
     with Termination() as stop:
@@ -493,7 +562,8 @@ def train(
             result = trainer.run(stop)
         finally:
             # a run that failed needs its report most
-            write_report(Path(out_dir))
+            if ranks.first:
+                write_report(Path(out_dir))
     if stop.interrupted:
         raise KeyboardInterrupt
     return replace(result, reason="terminated") if stop.requested else result

@@ -1,9 +1,11 @@
-"""Length of a run, its checkpoints, its precision, and the choice of the weights that decode."""
+"""Length of a run, its checkpoints, its precision, its processes, and the choice of the weights that decode."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from asr.errors import UserError
 
 
 @dataclass
@@ -52,6 +54,60 @@ class TrainingConfig:
             raise ValueError(f"training.ema_decay={self.ema_decay} is outside [0, 1); 0 turns it off")
         if not self.chunk_frames or min(self.chunk_frames) < 0:
             raise ValueError(f"training.chunk_frames={self.chunk_frames} needs at least one size of 0 or more")
+
+
+@dataclass
+class ParallelConfig:
+    """How training is spread over the processes that torchrun starts; one process alone needs none of it.
+
+    Args:
+        zero: what is shared out instead of repeated on each process: 0 nothing (DDP), 1 optimizer state, 2 gradients
+            too, 3 weights too.
+        replicas: of zero 2 and 3: groups of processes, each of which holds the whole model between them (HSDP); as a
+            rule the number of machines, since gathered weights then stay within a machine. Divides the number of
+            processes.
+        timeout_s: seconds that a process waits for the others before it gives up.
+        tensor: processes that share each layer; only 1 exists.
+        pipeline: processes that share the layers; only 1 exists.
+        time: processes that share an utterance; only 1 exists.
+    """
+
+    zero: Literal[0, 1, 2, 3] = 0
+    replicas: int = 1
+    timeout_s: float = 1800.0
+    tensor: int = 1
+    pipeline: int = 1
+    time: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "time"):
+            if getattr(self, name) != 1:
+                raise ValueError(
+                    f"parallel.{name}={getattr(self, name)} does not exist yet; leave it at 1 and share out weights "
+                    "with parallel.zero=3"
+                )
+        if self.replicas < 1:
+            raise ValueError(f"parallel.replicas={self.replicas} must be at least 1")
+        if self.replicas > 1 and self.zero < 2:
+            raise ValueError(
+                f"parallel.replicas={self.replicas} needs gradients that are shared out, parallel.zero=2 or 3; "
+                f"zero={self.zero} repeats them on every process: leave replicas at 1"
+            )
+        if not self.timeout_s > 0:
+            raise ValueError(f"parallel.timeout_s={self.timeout_s} must be above 0")
+
+    def check(self, size: int) -> None:
+        """Refuse what so many processes cannot do.
+
+        Raises:
+            UserError: which value, and the nearest that they can.
+        """
+        if size > 1 and size % self.replicas:
+            nearest = max(n for n in range(1, self.replicas) if size % n == 0)
+            raise UserError(
+                f"parallel.replicas={self.replicas} does not divide the {size} processes of this run; the nearest "
+                f"that does is {nearest}"
+            )
 
 
 @dataclass

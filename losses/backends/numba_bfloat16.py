@@ -14,10 +14,33 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+# dtype -> numpy's name of it; bfloat16 as its bits
+TYPES = {torch.float64: "<f8", torch.float32: "<f4", torch.bfloat16: "<i2"}
+
+
+class _Memory:
+    """The memory of a tensor, as numpy's array interface describes it; an array made of it keeps it alive."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (x.data_ptr(), False),
+            "shape": tuple(x.shape),
+            "strides": tuple(stride * x.itemsize for stride in x.stride()),
+            "typestr": TYPES[x.dtype],
+        }
+
 
 def number_array(x: Tensor) -> np.ndarray:
-    """The memory of x; bfloat16 as int16, which `load_number` and `store_number` understand."""
-    return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
+    """The memory of x; bfloat16 as int16, which `load_number` and `store_number` understand.
+
+    Not by x.numpy(), after which a storage can never be resized: sharded training frees the storage of a weight that it
+    has gathered, and would fail.
+    """
+    if not x.numel():
+        return np.empty(tuple(x.shape), TYPES[x.dtype])
+    return np.asarray(_Memory(x))
 
 
 def _integer(context, value):

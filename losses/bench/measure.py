@@ -190,7 +190,9 @@ def in_turns(arguments: argparse.Namespace) -> list[Info]:
     torch.set_num_threads(arguments.threads)
     method, products = arguments.method, arguments.products
     loss = loss_function(method, products, arguments.threshold)
-    cases = [load(name, arguments.folder, arguments.vocab_size, is_pruned(method)) for name in arguments.case.split(",")]
+    cases = [
+        load(name, arguments.folder, arguments.vocab_size, is_pruned(method)) for name in arguments.case.split(",")
+    ]
     rounds: list[list[float]] = []
     for attempt in range(1 + (1 if arguments.allow_load else 4) * arguments.samples):
         watch, times = Watch(), []

@@ -273,3 +273,20 @@ def test_no_cache_where_it_would_hold_next_to_nothing(monkeypatch: pytest.Monkey
         settings = Settings(lengths, "tanh", "regular", blank, TransducerLossOptions(), True)
         joint = Joint(*problem.parameters, problem.targets, torch.float32, settings)
         assert joint.room == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["batched", "samplewise", "fused", "pruned"])
+def test_the_weights_memory_can_be_given_back(method: str, dtype: torch.dtype) -> None:
+    """Sharded training gathers a weight, and frees its storage by resizing it, which numpy's views would forbid."""
+    enc, pred = torch.randn(2, 6, 8, requires_grad=True), torch.randn(2, 4, 8, requires_grad=True)
+    weight, bias = (torch.randn(*shape).to(dtype).requires_grad_() for shape in ((5, 8), (5,)))
+    simple = (torch.randn(2, 6, 5), torch.randn(2, 4, 5)) if method == "pruned" else None
+    targets, lens = torch.tensor([[1, 2, 3], [4, 1, 2]]), torch.tensor([6, 5])
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = transducer_loss(
+            enc, pred, weight, bias, targets, lens, torch.tensor([3, 2]), method=method, simple=simple
+        )
+    found.loss.backward()
+    for x in (weight, bias):
+        x.untyped_storage().resize_(0)

@@ -21,7 +21,7 @@ from lhotse import CutSet, MonoCut
 from asr.data.augmentation import AugmentConfig, SpecAugmentConfig
 from asr.data.batch import Batch
 from asr.data.features import Fbank, FeatureConfig, compute_cut_features, compute_features
-from asr.data.loader import DataConfig, eval_loader, explain_dead_worker, plan_epoch, train_loader
+from asr.data.loader import BatchLoader, DataConfig, eval_loader, explain_dead_worker, plan_epoch, train_loader
 from asr.data.tokenizer import Tokenizer, TokenizerConfig
 from asr.errors import UserError
 from tests.asr.data.speech import WORDS, write_cuts
@@ -215,6 +215,24 @@ def test_skipped_batches_are_not_loaded(tmp_path: Path) -> None:
         if cut.id in ids(expected[:2]):
             Path(cut.recording.sources[0].source).unlink()
     assert_same(load(cuts, config, skip=2), expected[2:])
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 50])
+def test_processes_share_the_batches_of_one(stored_cuts: CutSet, size: int) -> None:
+    def plan(rank: int, size: int, skip: int) -> BatchLoader:
+        chosen = {"seed": 1, "epoch": 2, "skip_batches": skip, "rank": rank, "size": size}
+        return train_loader(stored_cuts, TOKENIZER, replace(STORED, max_duration_s=3), **chosen)
+
+    for skip in (0, 1, 3):
+        expected = plan(0, 1, skip).batches
+        loaders = [plan(rank, size, skip) for rank in range(size)]
+        rounds = list(zip(*(loader.batches for loader in loaders), strict=True))  # as many on each
+        assert len(rounds) == -(-len(expected) // size)
+        assert [b for r in range(len(rounds)) for x in loaders for b in x.batches[r : r + 1] if r < x.own] == expected
+        for loader in loaders:
+            for r in range(loader.own, len(rounds)):
+                assert r == len(rounds) - 1 and loader.batches[r] == rounds[r][0]
+    assert [len(plan(rank, size, len(plan(0, 1, 0)))) for rank in range(size)] == [0] * size
 
 
 def test_len_is_the_number_of_batches(stored_cuts: CutSet) -> None:

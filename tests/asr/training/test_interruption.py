@@ -188,7 +188,7 @@ BEFORE = {
     "reading the manifest": "asr.data.manifests.load_cuts",
     "feature statistics": "asr.data.features.compute_stats",
     "reading and checking the cuts": "asr.training.train_data.load_train_data",
-    "building the model": "asr.training.trainer.make_optimizer",
+    "building the model": "asr.training.parallel.make_optimizer",
     "within what guards against damaged checkpoints": "torch.load",
 }
 

@@ -139,7 +139,9 @@ def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_linearity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "M", (2, 20, 5, 50))
-    chosen = small_run(tmp_path, "--linearity", "--values", "50,60", "--batches", "2,4,6", "--lengths", "10x4,20x4,30x4")
+    chosen = small_run(
+        tmp_path, "--linearity", "--values", "50,60", "--batches", "2,4,6", "--lengths", "10x4,20x4,30x4"
+    )
 
     def measured(case: str, method: str, products: str, samples: int | None = None) -> run.Result:
         found, size = make(case), int(case.removesuffix("-full").split("x")[3])

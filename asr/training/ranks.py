@@ -1,0 +1,135 @@
+"""The processes of one run, as torchrun starts them, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from asr.errors import UserError
+
+NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of the run; one alone without torchrun."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and speaks for all."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over all processes, in float64; all of them must call it."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return [float(x) for x in total]
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true on one of the processes; all of them must call it."""
+        return self.sum([float(value)])[0] > 0
+
+    def from_first(self, function: Callable[[], Any]) -> Any:
+        """What the function returns on the first process, which alone calls it, or the error that it raises there.
+
+        All processes must call this, and wait for the first. The result is pickled.
+        """
+        if self.size == 1:
+            return function()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = function()
+            except BaseException as error:  # the others wait: they must hear of it, whatever it is
+                outcome[1] = error
+        failed = outcome[1]
+        try:
+            dist.broadcast_object_list(outcome, src=0)
+        except Exception:
+            if failed is not None:
+                raise failed from None
+            raise
+        if failed is not None:
+            raise failed
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+
+def place(environment: Mapping[str, str] | None = None) -> Ranks:
+    """Where torchrun has put this process; alone if it was started without.
+
+    Raises:
+        UserError: variables of torchrun are there in part, or are no such numbers.
+    """
+    found = os.environ if environment is None else environment
+    if "WORLD_SIZE" not in found and "RANK" not in found:
+        return Ranks()
+    missing = [name for name in NEEDED if name not in found]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)} are not set, though WORLD_SIZE or RANK is; start several processes with torchrun"
+        )
+    try:
+        ranks = Ranks(int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"]))
+        port = int(found["MASTER_PORT"])
+    except ValueError:
+        numbers = ", ".join(f"{name}={found[name]}" for name in NEEDED)
+        raise UserError(f"{numbers}: all but MASTER_ADDR must be whole numbers, as torchrun sets them") from None
+    if not (0 <= ranks.rank < ranks.size and ranks.local_rank >= 0):
+        raise UserError(f"RANK={ranks.rank} is not below WORLD_SIZE={ranks.size}; start with torchrun")
+    if not 0 < port < 2**16:
+        raise UserError(f"MASTER_PORT={port} is no port; start with torchrun --standalone, or with a --master-port")
+    return ranks
+
+
+def rank_device(device: str, ranks: Ranks) -> str:
+    """The device of this process: "cuda" of several processes is the one of their local number."""
+    if device != "cuda" or ranks.size == 1:
+        return device
+    torch.cuda.set_device(ranks.local_rank)
+    return f"cuda:{ranks.local_rank}"
+
+
+@contextmanager
+def started(device: str, timeout_s: float) -> Iterator[Ranks]:
+    """The processes of the run, able to talk to each other within.
+
+    After a worker was lost torchrun starts all of them anew, and counts: each attempt meets under names of its own in
+    the store, where what the last one left would lead the new processes astray.
+    """
+    ranks = place()
+    if ranks.size == 1:
+        yield ranks
+        return
+    timeout = timedelta(seconds=timeout_s)
+    # the agent of torchrun may keep the store, else the first process does
+    serves = ranks.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks.size, serves, timeout=timeout
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
+        store=dist.PrefixStore(f"attempt {attempt}", store),
+        rank=ranks.rank,
+        world_size=ranks.size,
+        timeout=timeout,
+    )
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,156 @@
+"""What goes wrong on one of several processes is known to all of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from asr.checkpoint import step_checkpoints
+from asr.errors import Terminated, UserError
+from asr.training.faults import BadBatches, Termination, TooManyBadBatches
+from asr.training.ranks import Ranks, place
+from asr.training.trainer_config import ParallelConfig
+from tests.asr.training.runs import SETTINGS, experiment, newest, read_data, records, spoil, write_data
+from tests.distributed.processes import make, together
+
+TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+ALL_BATCHES = ["data.max_duration_s=1.3", "data.spec_augment.prob=0"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+def test_torchrun_says_where_a_process_is() -> None:
+    assert place({}) == Ranks(0, 1, 0) and place(TORCHRUN) == Ranks(1, 2, 1)
+    assert place({}).first and not place(TORCHRUN).first
+    for change, message in (
+        ({"MASTER_ADDR": None}, "MASTER_ADDR are not set.*torchrun"),
+        ({"RANK": "one"}, "RANK=one.*whole numbers"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0 is no port"),
+        ({"RANK": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
+    ):
+        found = {name: value for name, value in {**TORCHRUN, **change}.items() if value is not None}
+        with pytest.raises(UserError, match=message):
+            place(found)
+
+
+def test_replicas_must_divide_the_processes() -> None:
+    ParallelConfig(zero=3, replicas=2).check(4)
+    ParallelConfig(zero=3, replicas=2).check(1)
+    with pytest.raises(UserError, match="replicas=4 does not divide the 6 processes.* the nearest that does is 3"):
+        ParallelConfig(zero=3, replicas=4).check(6)
+
+
+def _raise_on_first(ranks: Ranks, out: Path) -> None:
+    assert ranks.sum([1.0, float(ranks.rank)]) == [2.0, 1.0]
+    assert ranks.any(ranks.rank == 1) and not ranks.any(False)
+    assert ranks.from_first(lambda: {"of": ranks.rank}) == {"of": 0}
+    with pytest.raises(UserError, match="only the first says so"):
+        ranks.from_first(_refuse if ranks.first else pytest.fail)
+    (out / str(ranks.rank)).touch()
+
+
+def _refuse() -> None:
+    raise UserError("only the first says so")
+
+
+def test_all_hear_of_what_the_first_finds(tmp_path: Path) -> None:
+    together(2, _raise_on_first, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+
+
+def _skip(ranks: Ranks, data: Path, out: Path, zero: int, allowed: int) -> None:
+    settings = [*ALL_BATCHES, f"parallel.zero={zero}", "training.accumulation=2", f"training.max_bad_batches={allowed}"]
+    trainer = make(ranks, experiment(*settings), data, out)
+    trainer.model.train()
+    bad = BadBatches(out / "bad", allowed, 0, lambda **_: None, lambda _: None, f"-rank{ranks.rank}")
+    try:
+        for batches, own in trainer._steps_of_epoch():
+            trainer.step(batches, bad, own)
+    except TooManyBadBatches:
+        (out / f"stopped-{ranks.rank}").touch()
+        return
+    weights = trainer.parallel.weights()
+    assert all(bool(x.isfinite().all()) for x in weights.values()) and bad.count == trainer.progress.bad_batches == 1
+    torch.save(weights, out / f"weights-{ranks.rank}.pt")
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_bad_batch_of_one_process_is_left_out_by_all(zero: int, tmp_path: Path) -> None:
+    write_data(tmp_path / "data")
+    cuts = read_data(tmp_path / "data").train_cuts
+    spoil(cuts, next(iter(cuts)).id)
+    for allowed in (1, 0):
+        out = tmp_path / f"out-{allowed}"
+        out.mkdir()
+        together(2, _skip, tmp_path / "data", out, zero, allowed)
+        assert len(list((out / "bad").glob("step-*-rank[01].pt"))) == 1
+        if allowed:
+            left, right = (torch.load(out / f"weights-{rank}.pt") for rank in (0, 1))
+            assert all(torch.equal(left[name], right[name]) for name in left)
+        else:
+            assert (out / "stopped-0").exists() and (out / "stopped-1").exists()
+
+
+def _stop_second(ranks: Ranks, data: Path, out: Path) -> None:
+    trainer = make(ranks, experiment(*ALL_BATCHES, "parallel.zero=3"), data, out)
+    stop = Termination()
+    step = trainer.step
+
+    def stopping(*arguments):  # type: ignore[no-untyped-def]
+        record = step(*arguments)
+        stop.requested = trainer.progress.step == 2 and ranks.rank == 1
+        return record
+
+    trainer.step = stopping  # type: ignore[method-assign]
+    result = trainer.run(stop)
+    assert (result.reason, result.step) == ("terminated", 2)
+    with pytest.raises(Terminated):
+        stop.check()
+
+
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    together(2, _stop_second, data, tmp_path)
+    assert newest(tmp_path)["step"] == 2 and records(tmp_path, "end")[-1]["reason"] == "terminated"
+
+
+def torchrun(data: Path, out: Path, *settings: str) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += ["--standalone", "-m", "asr.cli.train", "--out-dir", str(out), "--device", "cpu"]
+    command += ["--train-cuts", str(data / "cuts_train.jsonl.gz"), "--valid-cuts", str(data / "cuts_valid.jsonl.gz")]
+    return command + [f"--set={setting}" for setting in (*SETTINGS, *ALL_BATCHES, *settings)]
+
+
+def test_torchrun_trains_and_a_killed_worker_comes_back(data: Path, tmp_path: Path) -> None:
+    """SIGKILL to one worker: all start anew from the newest checkpoint, and end with what a run in peace ends with."""
+    limits = ["parallel.zero=3", "training.max_epochs=6", "training.checkpoint_every_steps=1", "training.keep_last=3"]
+    peace = subprocess.run(torchrun(data, tmp_path / "peace", *limits), capture_output=True, text=True, timeout=300)
+    assert peace.returncode == 0, peace.stderr[-3000:]
+    assert re.search(r"finished at step \d+; report", peace.stdout) and peace.stdout.count("finished at step") == 1
+    process = subprocess.Popen(
+        torchrun(data, tmp_path / "killed", *limits), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while len(step_checkpoints(tmp_path / "killed" / "checkpoints")) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "asr.cli.train"], capture_output=True, text=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    assert "resumed from" in output
+    left, right = newest(tmp_path / "peace"), newest(tmp_path / "killed")
+    assert left["step"] == right["step"]
+    assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])

@@ -69,13 +69,25 @@ class Ranks:
         return outcome[0]
 
 
+def _variables() -> dict[str, str]:
+    """What torchrun has set."""
+    values = {
+        "RANK": os.environ.get("RANK"),
+        "LOCAL_RANK": os.environ.get("LOCAL_RANK"),
+        "WORLD_SIZE": os.environ.get("WORLD_SIZE"),
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR"),
+        "MASTER_PORT": os.environ.get("MASTER_PORT"),
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def place(environment: Mapping[str, str] | None = None) -> Ranks:
     """Where torchrun has put this process; alone if it was started without.
 
     Raises:
         UserError: variables of torchrun are there in part, or are no such numbers.
     """
-    found = os.environ if environment is None else environment
+    found = _variables() if environment is None else environment
     if "WORLD_SIZE" not in found and "RANK" not in found:
         return Ranks()
     missing = [name for name in NEEDED if name not in found]

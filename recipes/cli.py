@@ -111,6 +111,8 @@ def make_parser(corpus: str) -> Parser:
     text += "trainings are tested on one list"
     add("--data-seed", type=int, default=0, metavar="N", help=text)
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, or auto: cuda where there is one")
+    text = "processes that train together, each on its own batches; parallel.zero (--set) says what they share out"
+    add("--nproc", type=int, default=1, metavar="N", help=text)
     add("--config", type=Path, action="append", default=[], metavar="FILE", help="more settings, YAML; repeatable")
     text = "one setting, like optim.lr=0.001; repeatable (`asr train --help-keys` lists all)"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
@@ -150,6 +152,8 @@ def _run(argv: Sequence[str]) -> int:
     args = make_parser(name).parse_args(list(argv[1:]))
     if args.num_jobs < 1:
         raise UserError(f"--num-jobs {args.num_jobs} is too few; pass at least 1")
+    if args.nproc < 1:
+        raise UserError(f"--nproc {args.nproc} is too few; pass at least 1")
     # Only now: these import torch, and a misspelled option should not have to wait for it.
     from recipes.stages import make_recipe, print_result
 

@@ -30,6 +30,7 @@ from asr.device import resolve_device
 from asr.errors import Terminated, UserError
 from recipes.corpora import CORPORA, Corpus
 from recipes.engine import DONE_DIR, Pipeline, Stage, StageStopped, write_atomic
+from recipes.launch import train_on_processes
 
 if TYPE_CHECKING:
     from lhotse import CutSet
@@ -54,6 +55,7 @@ class Recipe:
     device: str
     num_jobs: int
     command: str
+    num_processes: int = 1
 
     def path(self, name: str) -> Path:
         """A path of the experiment folder."""
@@ -139,6 +141,9 @@ def run_train(recipe: Recipe) -> None:
     out = recipe.path("train")
     try:
         with stopped_by_sigterm():
+            if recipe.num_processes > 1:
+                train_on_processes(recipe)
+                return
             data = load_train_data(
                 recipe.experiment,
                 recipe.path("data/features/cuts_train.jsonl.gz"),
@@ -277,6 +282,7 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
     if args.strict:
         overrides.append("data.strict=true")
     experiment = load_experiment([*([config] if config else []), *args.config], overrides)
+    experiment.parallel.check(args.nproc)
     corpus = CORPORA[name]
     prefix = "corpus_"
     fields = {entry.name for entry in dataclasses.fields(corpus.Options)}
@@ -299,6 +305,7 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
         device=resolve_device(args.device),
         num_jobs=args.num_jobs,
         command=command,
+        num_processes=args.nproc,
     )
     settings = {
         "experiment": to_dict(experiment),

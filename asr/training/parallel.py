@@ -9,6 +9,7 @@ behind on one process alone.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class Parallel:
         if self.sharded:
             self._shard(model)
         elif ranks.size > 1:
+            # of weights with one input channel, whose strides say the same in two ways
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=unused)
         if ranks.size > 1 and config.zero == 1:
             groups = parameter_groups(model, optim)

@@ -1,0 +1,58 @@
+"""The train stage on several processes: `asr train` under torchrun, from the same files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from asr.config import dump
+from asr.errors import Terminated, UserError
+from recipes.engine import StageStopped, write_atomic
+
+if TYPE_CHECKING:
+    from recipes.stages import Recipe
+
+RESTARTS = 3  # after the loss of a process all start anew from the newest checkpoint, so often at most
+GRACE_S = 120.0  # for the processes to save when the run is told to stop
+
+
+def torchrun_command(recipe: Recipe, settings: Path) -> list[str]:
+    """The command line that trains on recipe.num_processes processes of this machine."""
+    files = {
+        "--config": settings,
+        "--train-cuts": recipe.path("data/features/cuts_train.jsonl.gz"),
+        "--valid-cuts": recipe.path("data/features/cuts_valid.jsonl.gz"),
+        "--tokenizer": recipe.path("tokenizer/tokenizer.json"),
+        "--feature-stats": recipe.path("data/features/stats.json"),
+        "--out-dir": recipe.path("train"),
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(recipe.num_processes), "--max-restarts", str(RESTARTS), "-m", "asr.cli.train"]
+    command += [word for name, path in files.items() for word in (name, str(path))]
+    return [*command, "--device", recipe.device]
+
+
+def train_on_processes(recipe: Recipe) -> None:
+    """Trains; goes on from the newest checkpoint of the folder if there is one.
+
+    Raises:
+        StageStopped: SIGTERM, with the state saved.
+        KeyboardInterrupt: Ctrl-C, with the state saved.
+        UserError: the processes failed; what they printed says why.
+    """
+    recipe.path("train").mkdir(parents=True, exist_ok=True)
+    settings = recipe.path("train/settings.yaml")
+    write_atomic(settings, dump(recipe.experiment))
+    process = subprocess.Popen(torchrun_command(recipe, settings))
+    try:
+        code = process.wait()
+    except (Terminated, KeyboardInterrupt) as stop:
+        process.terminate()  # torchrun hands it on to its processes, which save
+        process.wait(GRACE_S)
+        if isinstance(stop, KeyboardInterrupt):
+            raise
+        raise StageStopped(f"SIGTERM, saved in {recipe.path('train/checkpoints')}") from None
+    if code:
+        raise UserError(f"training on {recipe.num_processes} processes ended with {code}; the reason is printed above")

@@ -27,7 +27,7 @@ from asr.errors import UserError
 from asr.models.presets import PRESETS
 from asr.models.transducer import LossConfig, ModelConfig
 from asr.training.optim import OptimConfig
-from asr.training.trainer_config import AverageConfig, ParallelConfig, TrainingConfig
+from asr.training.trainer_config import AverageConfig, MemoryConfig, ParallelConfig, TrainingConfig
 from losses import LOSSES
 from losses.api import check_combination
 from losses.memory import parse_limit
@@ -47,6 +47,7 @@ class Experiment:
         optim: optimizer and schedule.
         training: length of the run, checkpoints, precision.
         parallel: how training is spread over processes.
+        memory: what a step keeps.
         average: which checkpoints become the model that decodes.
         decoding: search.
     """
@@ -60,6 +61,7 @@ class Experiment:
     optim: OptimConfig = field(default_factory=OptimConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     average: AverageConfig = field(default_factory=AverageConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 

@@ -28,7 +28,7 @@ from asr.environment import cpu
 from asr.errors import Terminated, UserError
 from asr.models.transducer import TransducerLosses, build_model, parameter_counts
 from asr.training.faults import BadBatches, Termination
-from asr.training.memory import keep_freed_memory
+from asr.training.memory import checkpoint_activations, keep_freed_memory
 from asr.training.metrics import MetricsWriter, ProgressLine, clock
 from asr.training.optim import WeightAverage, learning_rate
 from asr.training.parallel import Parallel, barrier, shared_like, whole
@@ -129,6 +129,8 @@ class Trainer:
             None if stats is None else torch.as_tensor(stats.mean),
             None if stats is None else torch.as_tensor(stats.scale),
         ).to(self.device)
+        if experiment.memory.checkpointing == "full":
+            checkpoint_activations(self.model.encoder)
         # a CTC head without its loss has no gradient
         unused = self.model.ctc_head is not None and experiment.loss.ctc_weight == 0
         self.parallel = Parallel(self.model, experiment.parallel, experiment.optim, self.ranks, unused)

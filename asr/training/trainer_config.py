@@ -111,6 +111,18 @@ class ParallelConfig:
 
 
 @dataclass
+class MemoryConfig:
+    """What a step keeps in memory, and what it computes again instead.
+
+    Args:
+        checkpointing: of the encoder (Chen et al. 2016): "full" keeps only what enters each block for the backward pass,
+            which computes the rest again, block by block. Gradients are the same to the bit.
+    """
+
+    checkpointing: Literal["none", "full"] = "none"
+
+
+@dataclass
 class AverageConfig:
     """Which candidates are scored on the validation cuts; the best one is kept.
 

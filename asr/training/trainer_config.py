@@ -115,8 +115,8 @@ class MemoryConfig:
     """What a step keeps in memory, and what it computes again instead.
 
     Args:
-        checkpointing: of the encoder (Chen et al. 2016): "full" keeps only what enters each block for the backward pass,
-            which computes the rest again, block by block. Gradients are the same to the bit.
+        checkpointing: of the encoder (Chen et al. 2016): "full" keeps what enters each block for the backward pass,
+            and computes the rest again there, block by block. Gradients are the same to the bit.
     """
 
     checkpointing: Literal["none", "full"] = "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,9 @@ def train_on_processes(recipe: Recipe) -> None:
     recipe.path("train").mkdir(parents=True, exist_ok=True)
     settings = recipe.path("train/settings.yaml")
     write_atomic(settings, dump(recipe.experiment))
-    process = subprocess.Popen(torchrun_command(recipe, settings))
+    threads = max(1, (os.cpu_count() or 1) // recipe.num_processes)  # of each process; torchrun would give it one
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    process = subprocess.Popen(torchrun_command(recipe, settings), env=environment)
     try:
         code = process.wait()
     except (Terminated, KeyboardInterrupt) as stop:

@@ -433,6 +433,7 @@ class Trainer:
             device=str(self.device),
             torch=torch.__version__,
             precision=self.precision,
+            processes=self.ranks.size,
             threads=torch.get_num_threads(),
             python=platform.python_version(),
             machine=f"{cpu()['model']}, {os.cpu_count()} cores",
@@ -440,7 +441,10 @@ class Trainer:
             seed=self.experiment.seed,
         )
         parts = ", ".join(f"{name} {value:,}" for name, value in counts.items() if name != "total")
-        self.line.say(f"{counts['total']:,} parameters ({parts}), precision {self.precision}, device {self.device}")
+        self.line.say(
+            f"{counts['total']:,} parameters ({parts}), precision {self.precision}, device {self.device}"
+            + (f", {self.ranks.size} processes, zero {self.experiment.parallel.zero}" if self.ranks.size > 1 else "")
+        )
         return metrics
 
     def _check(self, stop: Termination) -> None:

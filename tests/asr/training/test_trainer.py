@@ -155,8 +155,8 @@ def test_on_the_fly_reaches_the_end_of_its_learning_rate(data: TrainData, tmp_pa
 
 NUMBER = (int, float)
 SCHEMA: dict[str, dict[str, Any]] = {
-    "start": {"command": str, "parameters": int, "device": str, "torch": str, "precision": str, "threads": int,
-              "python": str, "machine": str, "train_cuts": int, "seed": int},
+    "start": {"command": str, "parameters": int, "device": str, "torch": str, "precision": str, "processes": int,
+              "threads": int, "python": str, "machine": str, "train_cuts": int, "seed": int},
     "train": {"step": int, "epoch": int, "batch": int, "time_s": float, "loss": float, "transducer_loss": float,
               "simple_loss": type(None), "ctc_loss": type(None), "lr": float, "grad_norm": float,
               "batch_seconds": float, "batch_size": int, "audio_s_per_s": float, "data_wait_fraction": float},

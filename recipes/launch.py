@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asr.config import dump
 from asr.errors import Terminated, UserError
+from asr.training.ranks import torchrun
 from recipes.engine import StageStopped, write_atomic
 
 if TYPE_CHECKING:
     from recipes.stages import Recipe
 
-RESTARTS = 3  # after the loss of a process all start anew from the newest checkpoint, so often at most
+RESTARTS = 3  # after the loss of a process
 GRACE_S = 120.0  # for the processes to save when the run is told to stop
 
 
@@ -29,10 +29,8 @@ def torchrun_command(recipe: Recipe, settings: Path) -> list[str]:
         "--feature-stats": recipe.path("data/features/stats.json"),
         "--out-dir": recipe.path("train"),
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(recipe.num_processes), "--max-restarts", str(RESTARTS), "-m", "asr.cli.train"]
-    command += [word for name, path in files.items() for word in (name, str(path))]
-    return [*command, "--device", recipe.device]
+    words = [word for name, path in files.items() for word in (name, str(path))]
+    return torchrun(recipe.num_processes, RESTARTS, *words, "--device", recipe.device)
 
 
 def train_on_processes(recipe: Recipe) -> None:

@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from asr.checkpoint import step_checkpoints
 from asr.config import load_experiment
 from asr.data.features import compute_features
 from asr.errors import UserError
+from asr.training.ranks import torchrun
 
 WORDS = "ONE TWO THREE FOUR".split()
 RATE_HZ = 16_000
@@ -101,10 +101,10 @@ def one_trial(args: argparse.Namespace, folder: Path, trial: int, chance: random
 
 def start(args: argparse.Namespace, folder: Path, name: str) -> subprocess.Popen:
     """Training under torchrun, with its output in folder / name.log."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.nproc)]
-    command += ["--max-restarts", "3", "-m", "asr.cli.train", "--device", "cpu", "--out-dir", str(folder / name)]
-    command += ["--train-cuts", str(folder / "cuts.jsonl.gz"), "--valid-cuts", str(folder / "cuts.jsonl.gz")]
-    command += [f"--set={setting}" for setting in (*SETTINGS, f"parallel.zero={args.zero}")]
+    cuts = str(folder / "cuts.jsonl.gz")
+    words = ["--device", "cpu", "--out-dir", str(folder / name), "--train-cuts", cuts, "--valid-cuts", cuts]
+    words += [f"--set={setting}" for setting in (*SETTINGS, f"parallel.zero={args.zero}")]
+    command = torchrun(args.nproc, 3, *words)
     with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 

@@ -76,8 +76,9 @@ def _train(args: argparse.Namespace) -> int:
     from asr.training.train_data import load_train_data
     from asr.training.trainer import train
 
-    with started(args.device, experiment.parallel.timeout_s) as ranks:
-        device = rank_device(resolve_device(args.device), ranks)
+    device = resolve_device(args.device)
+    with started(device, experiment.parallel.timeout_s) as ranks:
+        device = rank_device(device, ranks)
         experiment.parallel.check(ranks.size)
         kept = args.out_dir / "tokenizer.json"
         path = args.tokenizer or (kept if kept.is_file() else None)

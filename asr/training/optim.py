@@ -79,10 +79,14 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
+def adamw_arguments(config: OptimConfig) -> dict[str, Any]:
+    """What AdamW takes besides the groups."""
+    return {"lr": config.lr, "betas": (config.betas[0], config.betas[1]), "eps": config.eps, "fused": True}
+
+
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`."""
-    groups = parameter_groups(model, config)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, config), **adamw_arguments(config))
 
 
 class WeightAverage:

@@ -13,7 +13,6 @@ import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,7 +20,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from asr.training.optim import OptimConfig, make_optimizer, parameter_groups
+from asr.training.optim import OptimConfig, adamw_arguments, make_optimizer, parameter_groups
 from asr.training.ranks import Ranks
 from asr.training.trainer_config import ParallelConfig
 
@@ -57,14 +56,7 @@ class Parallel:
             self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=unused)
         if ranks.size > 1 and config.zero == 1:
             groups = parameter_groups(model, optim)
-            self.optimizer = ZeroRedundancyOptimizer(
-                groups,
-                torch.optim.AdamW,
-                lr=optim.lr,
-                betas=(optim.betas[0], optim.betas[1]),
-                eps=optim.eps,
-                fused=True,
-            )
+            self.optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adamw_arguments(optim))
         else:
             self.optimizer = make_optimizer(model, optim)
 
@@ -137,9 +129,3 @@ def _share(value: Any, like: Tensor) -> Any:
         return value
     # every process has the whole tensor: nothing is sent
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def barrier(ranks: Ranks) -> None:
-    """Wait for all processes."""
-    if ranks.size > 1:
-        dist.barrier()

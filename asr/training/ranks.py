@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,10 @@ class Ranks:
     def any(self, value: bool) -> bool:
         """Whether it is true on one of the processes; all of them must call it."""
         return self.sum([float(value)])[0] > 0
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        self.any(False)  # something has to be sent: a sum of nothing waits for no one
 
     def from_first(self, function: Callable[[], Any]) -> Any:
         """What the function returns on the first process, which alone calls it, or the error that it raises there.
@@ -106,6 +111,15 @@ def place(environment: Mapping[str, str] | None = None) -> Ranks:
     if not 0 < port < 2**16:
         raise UserError(f"MASTER_PORT={port} is no port; start with torchrun --standalone, or with a --master-port")
     return ranks
+
+
+def torchrun(processes: int, restarts: int, *words: str) -> list[str]:
+    """The command that runs `asr train` with these words on processes of this machine.
+
+    After the loss of a process all start anew from the newest checkpoint, at most so often.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*command, "--max-restarts", str(restarts), "-m", "asr.cli.train", *words]
 
 
 def rank_device(device: str, ranks: Ranks) -> str:

@@ -31,7 +31,7 @@ from asr.training.faults import BadBatches, Termination
 from asr.training.memory import checkpoint_activations, keep_freed_memory
 from asr.training.metrics import MetricsWriter, ProgressLine, clock
 from asr.training.optim import WeightAverage, learning_rate
-from asr.training.parallel import Parallel, barrier, shared_like, whole
+from asr.training.parallel import Parallel, shared_like, whole
 from asr.training.precision import autocast, resolve_precision
 from asr.training.ranks import Ranks
 from asr.training.validation import Validation, validate
@@ -267,7 +267,7 @@ class Trainer:
                 used.append(batch)
                 for name, value in zip(sums, losses, strict=True):
                     sums[name] += 0.0 if value is None else value.item()
-        used_count, *all_sums = ranks.sum([self._count(used), *sums.values()])
+        used_count, used_batches, *all_sums = ranks.sum([self._count(used), len(used), *sums.values()])
         if 0 < kept < len(batches):  # each was divided by the count of all: those that were skipped too
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
@@ -276,7 +276,7 @@ class Trainer:
         if kept and not math.isfinite(norm):
             for batch in used:
                 bad.skip(batch, progress.step + 1, f"non-finite gradient norm {norm}")
-            bad.skipped(round(ranks.sum([len(used)])[0]))
+            bad.skipped(round(used_batches))
         elif kept:
             self.optimizer.step()
             if self.ema is not None:
@@ -319,8 +319,9 @@ class Trainer:
         return result
 
     def _judge(self, weights: dict[str, Tensor], metrics: MetricsWriter, stop: Termination) -> Validation:
-        model = build_model(self.experiment, self.data.tokenizer.vocab_size).to(self.device)
-        model.load_state_dict(weights)
+        with torch.device("meta"):  # neither drawn nor copied: the model is made of the weights themselves
+            model = build_model(self.experiment, self.data.tokenizer.vocab_size)
+        model.load_state_dict(weights, assign=True)
         loader = eval_loader(
             self.data.valid_cuts,
             self.data.tokenizer,
@@ -383,7 +384,7 @@ class Trainer:
         """Trains to the end, or until ``stop``; either way the newest state is on disk afterwards."""
         metrics = self._begin() if self.ranks.first else MetricsWriter(None, False)
         # files are as the first process leaves them before any other looks
-        barrier(self.ranks)
+        self.ranks.wait()
         bad = BadBatches(
             self.out_dir / "bad_batches",
             self.config.max_bad_batches,
@@ -558,7 +559,6 @@ def train(
     from asr.training.report import write_report
 
     ranks = ranks or Ranks()
-    experiment.parallel.check(ranks.size)
     trainer = Trainer(experiment, data, Path(out_dir), device, command, ranks)
     start = ranks.from_first(lambda: find_resume(resume, Path(out_dir), trainer.line.say))
     if start is not None:

@@ -119,5 +119,5 @@ def _time(run: Run, row: Result) -> Result:
     case = name_of(batch, (row["T"], row["U"], row["V"]))
     timed = run.child(case, row["method"], row["products"], "--unchecked")
     median = timed.get("median_ms")
-    found = {key: timed[key] for key in ("error", "other_load", "torch", "cpu") if key in timed}
+    found: Result = {key: timed[key] for key in ("error", "other_load", "torch", "cpu") if key in timed}
     return {**found, "timed_batch": batch, "ms_per_utterance": median and round(median / batch, 2)}

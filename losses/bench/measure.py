@@ -350,5 +350,5 @@ def parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     given = parser().parse_args()
-    modes = {given.error_by_threshold: threshold_errors, given.in_turns: in_turns}
-    print(json.dumps(modes.get(True, measure)(given)), flush=True)
+    chosen = in_turns if given.in_turns else threshold_errors if given.error_by_threshold else measure
+    print(json.dumps(chosen(given)), flush=True)

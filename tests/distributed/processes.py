@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import socket
 from collections.abc import Callable
@@ -13,12 +12,10 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-from asr.config import Experiment
+from asr.checkpoint import step_checkpoints
 from asr.training.faults import BadBatches, Termination
-from asr.training.metrics import ProgressLine
 from asr.training.ranks import Ranks, started
-from asr.training.trainer import Trainer
-from tests.asr.training.runs import experiment, read_data
+from tests.asr.training.runs import experiment, make_trainer, read_data
 
 SGD = 0.05  # learning rate
 
@@ -42,17 +39,10 @@ def together(size: int, function: Callable[..., None], *arguments: Any) -> None:
     torch.multiprocessing.spawn(_child, (size, port, function, arguments), nprocs=size)
 
 
-def make(ranks: Ranks, config: Experiment, data: Path, out: Path) -> Trainer:
-    """A trainer of the tiny model that says nothing."""
-    trainer = Trainer(config, read_data(data), out, "cpu", "asr train", ranks)
-    trainer.line = ProgressLine(io.StringIO())
-    return trainer
-
-
 def sgd_steps(ranks: Ranks, cases: dict[str, list[str]], steps: int, data: Path, out: Path) -> None:
     """So many steps of plain SGD, which passes the gradient on as it is, for each case of settings: out / case.pt."""
     for name, settings in cases.items():
-        trainer = make(ranks, experiment(*settings), data, out / name)
+        trainer = make_trainer(experiment(*settings), read_data(data), out / name, ranks)
         trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=SGD)
         trainer.experiment.optim.lr = SGD
         trainer.model.train()
@@ -69,9 +59,9 @@ def sgd_steps(ranks: Ranks, cases: dict[str, list[str]], steps: int, data: Path,
 def runs(ranks: Ranks, cases: dict[str, list[str]], data: Path, out: Path) -> None:
     """A run to the end, from whatever out / case holds."""
     for name, settings in cases.items():
-        trainer = make(ranks, experiment(*settings), data, out / name)
-        newest = sorted((out / name / "checkpoints").glob("step-*.pt"))
-        ranks.any(False)  # all have looked before the first writes
+        trainer = make_trainer(experiment(*settings), read_data(data), out / name, ranks)
+        newest = step_checkpoints(out / name / "checkpoints")
+        ranks.wait()  # all have looked before the first writes
         if newest:
             trainer.resume(newest[-1])
         trainer.run(Termination())

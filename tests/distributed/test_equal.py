@@ -9,20 +9,15 @@ import pytest
 import torch
 
 from asr.checkpoint import step_checkpoints
+from asr.training.parallel import whole
+from asr.training.ranks import Ranks
 from losses import LOSSES
-from tests.asr.training.runs import differences, newest, records, write_data
+from tests.asr.training.runs import differences, experiment, make_trainer, newest, read_data, records
 from tests.distributed.processes import runs, sgd_steps, together
 
 STEPS = 3
 # what a process draws depends on the batch alone: dropout stays on
 COMMON = ["training.ema_decay=0.5", "data.max_duration_s=1.3"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    return folder
 
 
 def spread(size: int, *settings: str) -> list[str]:
@@ -111,12 +106,8 @@ def test_a_checkpoint_is_the_same_on_any_number_of_processes(data: Path, tmp_pat
         assert differences(want["training"]["ema"], again["ema"]) == []
 
 
-def _rewrite(ranks: Any, path: Path, to: Path, data: Path, settings: list[str]) -> None:
-    from asr.training.parallel import whole
-    from tests.asr.training.runs import experiment
-    from tests.distributed.processes import make
-
-    trainer = make(ranks, experiment(*settings), data, to.parent / "rewritten")
+def _rewrite(ranks: Ranks, path: Path, to: Path, data: Path, settings: list[str]) -> None:
+    trainer = make_trainer(experiment(*settings), read_data(data), to.parent / "rewritten", ranks)
     trainer.resume(path)
     weights, optimizer = trainer.parallel.weights(), trainer.parallel.optimizer_state()
     assert trainer.ema is not None

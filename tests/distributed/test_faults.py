@@ -6,30 +6,23 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from asr.bench.kills import children
 from asr.checkpoint import step_checkpoints
 from asr.errors import Terminated, UserError
 from asr.training.faults import BadBatches, Termination, TooManyBadBatches
-from asr.training.ranks import Ranks, place
+from asr.training.ranks import Ranks, place, torchrun
 from asr.training.trainer_config import ParallelConfig
-from tests.asr.training.runs import SETTINGS, experiment, newest, read_data, records, spoil, write_data
-from tests.distributed.processes import make, together
+from tests.asr.training.runs import SETTINGS, experiment, make_trainer, newest, read_data, records, spoil, write_data
+from tests.distributed.processes import together
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 ALL_BATCHES = ["data.max_duration_s=1.3", "data.spec_augment.prob=0"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    return folder
 
 
 def test_torchrun_says_where_a_process_is() -> None:
@@ -73,7 +66,7 @@ def test_all_hear_of_what_the_first_finds(tmp_path: Path) -> None:
 
 def _skip(ranks: Ranks, data: Path, out: Path, zero: int, allowed: int) -> None:
     settings = [*ALL_BATCHES, f"parallel.zero={zero}", "training.accumulation=2", f"training.max_bad_batches={allowed}"]
-    trainer = make(ranks, experiment(*settings), data, out)
+    trainer = make_trainer(experiment(*settings), read_data(data), out, ranks)
     trainer.model.train()
     bad = BadBatches(out / "bad", allowed, 0, lambda **_: None, lambda _: None, f"-rank{ranks.rank}")
     try:
@@ -105,7 +98,7 @@ def test_a_bad_batch_of_one_process_is_left_out_by_all(zero: int, tmp_path: Path
 
 
 def _stop_second(ranks: Ranks, data: Path, out: Path) -> None:
-    trainer = make(ranks, experiment(*ALL_BATCHES, "parallel.zero=3"), data, out)
+    trainer = make_trainer(experiment(*ALL_BATCHES, "parallel.zero=3"), read_data(data), out, ranks)
     stop = Termination()
     step = trainer.step
 
@@ -126,28 +119,26 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(data: Path, tmp_pat
     assert newest(tmp_path)["step"] == 2 and records(tmp_path, "end")[-1]["reason"] == "terminated"
 
 
-def torchrun(data: Path, out: Path, *settings: str) -> list[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    command += ["--standalone", "-m", "asr.cli.train", "--out-dir", str(out), "--device", "cpu"]
-    command += ["--train-cuts", str(data / "cuts_train.jsonl.gz"), "--valid-cuts", str(data / "cuts_valid.jsonl.gz")]
-    return command + [f"--set={setting}" for setting in (*SETTINGS, *ALL_BATCHES, *settings)]
+def command(data: Path, out: Path, *settings: str) -> list[str]:
+    words = ["--out-dir", str(out), "--device", "cpu", "--train-cuts", str(data / "cuts_train.jsonl.gz")]
+    words += ["--valid-cuts", str(data / "cuts_valid.jsonl.gz")]
+    return torchrun(2, 1, *words, *(f"--set={setting}" for setting in (*SETTINGS, *ALL_BATCHES, *settings)))
 
 
 def test_torchrun_trains_and_a_killed_worker_comes_back(data: Path, tmp_path: Path) -> None:
     """SIGKILL to one worker: all start anew from the newest checkpoint, and end with what a run in peace ends with."""
     limits = ["parallel.zero=3", "training.max_epochs=6", "training.checkpoint_every_steps=1", "training.keep_last=3"]
-    peace = subprocess.run(torchrun(data, tmp_path / "peace", *limits), capture_output=True, text=True, timeout=300)
+    peace = subprocess.run(command(data, tmp_path / "peace", *limits), capture_output=True, text=True, timeout=300)
     assert peace.returncode == 0, peace.stderr[-3000:]
     assert re.search(r"finished at step \d+; report", peace.stdout) and peace.stdout.count("finished at step") == 1
     process = subprocess.Popen(
-        torchrun(data, tmp_path / "killed", *limits), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(data, tmp_path / "killed", *limits), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     deadline = time.monotonic() + 120
     while len(step_checkpoints(tmp_path / "killed" / "checkpoints")) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "asr.cli.train"], capture_output=True, text=True)
-    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
     assert "resumed from" in output

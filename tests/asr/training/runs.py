@@ -16,6 +16,7 @@ from asr.config import Experiment, load_experiment
 from asr.data.features import FeatureConfig, compute_features
 from asr.data.tokenizer import Tokenizer, TokenizerConfig
 from asr.training.metrics import ProgressLine
+from asr.training.ranks import Ranks
 from asr.training.trainer import TrainData, Trainer, TrainResult, train
 from tests.asr.data.speech import WORDS, write_cuts
 
@@ -66,8 +67,8 @@ def run(data: TrainData, out: Path, *settings: str, resume: str = "auto") -> Tra
     return train(experiment(*settings), data, out, resume=resume, command="asr train --config a.yaml")
 
 
-def make_trainer(config: Experiment, data: TrainData, out: Path) -> Trainer:
-    trainer = Trainer(config, data, out, "cpu", "asr train")
+def make_trainer(config: Experiment, data: TrainData, out: Path, ranks: Ranks | None = None) -> Trainer:
+    trainer = Trainer(config, data, out, "cpu", "asr train", ranks)
     trainer.line = ProgressLine(io.StringIO())
     return trainer
 

@@ -20,6 +20,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from asr.models.transducer import Transducer
 from asr.training.optim import OptimConfig, adamw_arguments, make_optimizer, parameter_groups
 from asr.training.ranks import Ranks
 from asr.training.trainer_config import ParallelConfig
@@ -40,7 +41,7 @@ class Parallel:
     """
 
     def __init__(
-        self, model: nn.Module, config: ParallelConfig, optim: OptimConfig, ranks: Ranks, unused: bool = False
+        self, model: Transducer, config: ParallelConfig, optim: OptimConfig, ranks: Ranks, unused: bool = False
     ):
         config.check(ranks.size)
         self.ranks, self.config = ranks, config
@@ -60,11 +61,11 @@ class Parallel:
         else:
             self.optimizer = make_optimizer(model, optim)
 
-    def _shard(self, model: nn.Module) -> None:
+    def _shard(self, model: Transducer) -> None:
         """Each encoder block, the predictor, the joiner and what is left are gathered on their own, when they run."""
         mesh = _mesh(next(model.parameters()).device.type, self.ranks.size, self.config.replicas)
         gather_again = self.config.zero == 3
-        for unit in (*model.encoder.blocks, model.predictor, model.joiner):  # type: ignore[union-attr,misc]
+        for unit in (*model.encoder.blocks, model.predictor, model.joiner):
             fully_shard(unit, mesh=mesh, reshard_after_forward=gather_again)
         fully_shard(model, mesh=mesh, reshard_after_forward=gather_again)
 

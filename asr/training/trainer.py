@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 import platform
 import shlex
@@ -26,14 +24,15 @@ from asr.data.loader import BatchLoader, DataConfig, eval_loader, explain_dead_w
 from asr.data.tokenizer import Tokenizer
 from asr.environment import cpu
 from asr.errors import Terminated, UserError
-from asr.models.transducer import TransducerLosses, build_model, parameter_counts
+from asr.models.transducer import build_model, parameter_counts
 from asr.training.faults import BadBatches, Termination
 from asr.training.memory import checkpoint_activations, keep_freed_memory
 from asr.training.metrics import MetricsWriter, ProgressLine, clock
-from asr.training.optim import WeightAverage, learning_rate
+from asr.training.optim import WeightAverage
 from asr.training.parallel import Parallel, shared_like, whole
-from asr.training.precision import autocast, resolve_precision
+from asr.training.precision import resolve_precision
 from asr.training.ranks import Ranks
+from asr.training.step import Progress, Stepper, seed_of
 from asr.training.validation import Validation, validate
 
 
@@ -56,24 +55,6 @@ class TrainResult:
     epoch: int
     checkpoint: Path | None
     best: Validation | None
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved with the weights, so that a resumed run takes the very next batch."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    consumed_s: float = 0.0
-    time_s: float = 0.0
-    bad_batches: int = 0
-    best_errors: float = math.inf
-    best_loss: float = math.inf
-
-
-def _seed_of(*parts: object) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
 
 
 def _epoch_seconds(cuts: Any, config: DataConfig) -> float:
@@ -119,9 +100,8 @@ class Trainer:
         self.precision = resolve_precision(self.config.precision, self.device)
         self.checkpoints = self.out_dir / "checkpoints"
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self.progress = Progress()
         self.line = ProgressLine(quiet=not self.ranks.first)
-        torch.manual_seed(_seed_of(experiment.seed, "weights"))
+        torch.manual_seed(seed_of(experiment.seed, "weights"))
         stats = data.stats
         self.model = build_model(
             experiment,
@@ -134,11 +114,20 @@ class Trainer:
         # a CTC head without its loss has no gradient
         unused = self.model.ctc_head is not None and experiment.loss.ctc_weight == 0
         self.parallel = Parallel(self.model, experiment.parallel, experiment.optim, self.ranks, unused)
-        self.optimizer = self.parallel.optimizer
         self.ema = WeightAverage(self.model, self.config.ema_decay) if self.config.ema_decay > 0 else None
-        self.total_s = self.config.max_epochs * _epoch_seconds(data.train_cuts, experiment.data)
-        if self.total_s <= 0:
+        total_s = self.config.max_epochs * _epoch_seconds(data.train_cuts, experiment.data)
+        if total_s <= 0:
             raise UserError("the training cuts are empty; run prepare and features, and look at bad_rows.txt")
+        self.stepper = Stepper(experiment, self.parallel, self.ranks, self.device, self.precision, self.ema, total_s)
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands."""
+        return self.stepper.progress
+
+    def step(self, batches: list[Batch], bad: BadBatches, own: int | None = None) -> dict[str, Any]:
+        """One optimizer step, see `Stepper.step`."""
+        return self.stepper.step(batches, bad, own)
 
     # -- saving and resuming ------------------------------------------------------------------------------------------
 
@@ -182,123 +171,18 @@ class Trainer:
                 f"checkpoint {path} was trained with another tokenizer of the same size; pass that one"
             )
         variable = ("params", "lr")
-        settings = [{k: v for k, v in group.items() if k not in variable} for group in self.optimizer.param_groups]
+        settings = [
+            {k: v for k, v in group.items() if k not in variable} for group in self.parallel.optimizer.param_groups
+        ]
         self.parallel.load_optimizer_state(payload["training"]["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+        for group, own in zip(self.parallel.optimizer.param_groups, settings, strict=True):
             group.update(own)  # the configuration decides, not what it was when the checkpoint was written
         if self.ema is not None:
             ema = payload["training"]["ema"]
             ema = payload["model"] if ema is None else ema  # turned on later: starts from these weights
             self.ema.load(shared_like(ema, self.ema.weights))
-        self.progress = Progress(**payload["training"]["progress"])
+        self.stepper.progress = Progress(**payload["training"]["progress"])
         self.line.say(f"resumed from {path}: epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1}")
-
-    # -- one step -----------------------------------------------------------------------------------------------------
-
-    def _chunk_frames(self, micro: int) -> int:
-        sizes = self.config.chunk_frames
-        return sizes[_seed_of(self.experiment.seed, "chunk", self.progress.step, micro) % len(sizes)]
-
-    def _count(self, batches: list[Batch]) -> int:
-        by_tokens = self.config.normalize == "tokens"
-        return sum(int(b.target_lens.sum()) if by_tokens else b.size for b in batches)
-
-    def _done(self) -> float:
-        """Fraction of the run that lies behind, by the limit that will end it."""
-        by_steps = self.progress.step / self.config.max_steps if self.config.max_steps else 0.0
-        return max(by_steps, self.progress.consumed_s / self.total_s)
-
-    def _forward(self, batch: Batch, micro: int, done: float) -> TransducerLosses:
-        with autocast(self.precision, self.device):
-            losses: TransducerLosses = self.parallel.forward(
-                batch.features,
-                batch.feature_lens,
-                batch.targets,
-                batch.target_lens,
-                self.experiment.loss,
-                self._chunk_frames(micro),
-                done=done,
-            )
-        return losses
-
-    def step(self, batches: list[Batch], bad: BadBatches, own: int | None = None) -> dict[str, Any]:
-        """One optimizer step over ``batches`` of each process; returns what metrics.jsonl records of it.
-
-        The summed loss is divided by the count over all batches of all processes that are used, so that accumulation
-        and several processes equal one large batch of them. Where the loss is not finite on one process, all leave out
-        the batch that they compute at the time, since what they compute together needs all of them.
-
-        Args:
-            batches: as many on each process.
-            bad: takes what is skipped.
-            own: so many of the batches, the first, count; the others stand in for batches that are not there.
-        """
-        progress, optim, ranks = self.progress, self.experiment.optim, self.ranks
-        real = batches if own is None else batches[:own]
-        audio_s = sum(sum(b.durations_s) for b in real)
-        totals = ranks.sum([self._count(real), audio_s, len(real), sum(b.size for b in real)])
-        count, audio_s = round(totals[0]), totals[1]
-        done = self._done()
-        lr = learning_rate(optim, progress.step, done)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        sums = {"loss": 0.0, "transducer_loss": 0.0, "simple_loss": 0.0, "ctc_loss": 0.0}
-        used: list[Batch] = []
-        kept = 0  # rounds in which nothing was skipped
-        for number, batch in enumerate(batches):
-            # what is random depends on the step and the batch's place in it alone: a resumed run needs no generator
-            # state, and several processes draw what one would draw
-            micro = number * ranks.size + ranks.rank
-            torch.manual_seed(_seed_of(self.experiment.seed, "step", progress.step, micro))
-            counts = number < len(real)
-            losses = self._forward(batch.to(self.device, non_blocking=True), micro, done)
-            finite = bool(torch.isfinite(losses.loss))
-            broken, bad_ones = ranks.sum([not finite, counts and not finite])
-            if broken:
-                if counts and not finite:
-                    bad.skip(batch, progress.step + 1, f"non-finite loss {losses.loss.item()}")
-                bad.skipped(round(bad_ones))
-                continue
-            # gradients are averaged over processes, and those of a stand-in are 0
-            (losses.loss * (ranks.size * counts / max(count, 1))).backward()
-            kept += 1
-            if counts:
-                used.append(batch)
-                for name, value in zip(sums, losses, strict=True):
-                    sums[name] += 0.0 if value is None else value.item()
-        used_count, used_batches, *all_sums = ranks.sum([self._count(used), len(used), *sums.values()])
-        if 0 < kept < len(batches):  # each was divided by the count of all: those that were skipped too
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(max(count, 1) / max(used_count, 1))
-        norm = self.parallel.clip_grad_norm(optim.clip_grad_norm or math.inf)
-        if kept and not math.isfinite(norm):
-            for batch in used:
-                bad.skip(batch, progress.step + 1, f"non-finite gradient norm {norm}")
-            bad.skipped(round(used_batches))
-        elif kept:
-            self.optimizer.step()
-            if self.ema is not None:
-                self.ema.update(self.model, progress.step)
-        progress.step += 1
-        progress.batch += round(totals[2])
-        progress.consumed_s += audio_s
-        progress.bad_batches = bad.count
-        averages: dict[str, Any] = {
-            name: value / max(used_count, 1) if kept else math.nan for name, value in zip(sums, all_sums, strict=True)
-        }
-        if self.model.joiner.simple is None:
-            averages["simple_loss"] = None
-        if self.experiment.loss.ctc_weight == 0:
-            averages["ctc_loss"] = None
-        return {
-            **averages,
-            "lr": lr,
-            "grad_norm": norm,
-            "batch_seconds": audio_s,
-            "batch_size": round(totals[3]),
-        }
 
     # -- validation ---------------------------------------------------------------------------------------------------
 
@@ -486,7 +370,7 @@ class Trainer:
                     data_wait_fraction=window_wait_s / max(window_s, 1e-9),
                 )
                 window_s, window_audio_s, window_wait_s = 0.0, 0.0, 0.0
-            left_s = (1 / max(self._done(), 1e-9) - 1) * progress.time_s
+            left_s = (1 / max(self.stepper.done(), 1e-9) - 1) * progress.time_s
             self.line.show(
                 f"epoch {progress.epoch + 1}/{self.config.max_epochs} step {progress.step} loss {record['loss']:.3f}"
                 f" lr {record['lr']:.1e} norm {record['grad_norm']:.2f} {speed:.0f} audio s/s ETA {clock(left_s)}"

@@ -43,7 +43,7 @@ def sgd_steps(ranks: Ranks, cases: dict[str, list[str]], steps: int, data: Path,
     """So many steps of plain SGD, which passes the gradient on as it is, for each case of settings: out / case.pt."""
     for name, settings in cases.items():
         trainer = make_trainer(experiment(*settings), read_data(data), out / name, ranks)
-        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=SGD)
+        trainer.parallel.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=SGD)
         trainer.experiment.optim.lr = SGD
         trainer.model.train()
         bad = BadBatches(out / "bad", 0, 0, lambda **_: None, print)

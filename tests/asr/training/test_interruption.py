@@ -334,7 +334,7 @@ def test_the_configuration_decides_the_optimizer_after_a_resume(
 ) -> None:
     trainer = make_trainer(experiment("optim.weight_decay=0.25", "optim.betas=[0.5, 0.6]"), data, tmp_path)
     trainer.resume(step_checkpoints(finished / "checkpoints")[-1])
-    decayed, plain = trainer.optimizer.param_groups
+    decayed, plain = trainer.parallel.optimizer.param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.25, 0.0)
     assert tuple(decayed["betas"]) == tuple(plain["betas"]) == (0.5, 0.6)
-    assert float(trainer.optimizer.state_dict()["state"][0]["step"]) == 2 * LAST
+    assert float(trainer.parallel.optimizer.state_dict()["state"][0]["step"]) == 2 * LAST

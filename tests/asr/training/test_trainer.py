@@ -142,9 +142,9 @@ def test_on_the_fly_reaches_the_end_of_its_learning_rate(data: TrainData, tmp_pa
     config = experiment("data.features.storage=on_the_fly", augment, "training.ema_decay=0")
     trainer = make_trainer(config, TrainData(cuts, data.valid_cuts, TOKENIZER), tmp_path)
     trainer.run(Termination())
-    assert trainer.progress.consumed_s == pytest.approx(trainer.total_s, rel=1e-4)
+    assert trainer.progress.consumed_s == pytest.approx(trainer.stepper.total_s, rel=1e-4)
     epochs_s = 2 * 2 * (1 / 0.8 + 1 + 1 / 1.25) * sum(DURATIONS_S)
-    assert trainer.total_s == pytest.approx(epochs_s)
+    assert trainer.stepper.total_s == pytest.approx(epochs_s)
     last = records(tmp_path, "train")[-1]
     before_last = 1 - last["batch_seconds"] / epochs_s
     ratio = 0.02 + 0.98 * (1 + math.cos(math.pi * before_last)) / 2
@@ -353,7 +353,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(data: TrainData, tmp_path
     trainer.step(batches[:2], bad)
 
     def state() -> Any:
-        moments = trainer.optimizer.state_dict()["state"]
+        moments = trainer.parallel.optimizer.state_dict()["state"]
         return {"model": trainer.model.state_dict(), "ema": trainer.ema.weights, "moments": moments}
 
     before = {name: torch.load(_saved(value, tmp_path), weights_only=True) for name, value in state().items()}

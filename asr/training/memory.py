@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 # numbers of glibc's malloc.h
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
+M_ARENA_MAX = -8
 
 
 def keep_freed_memory() -> bool:
@@ -28,6 +32,40 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, 2**30)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def return_freed_memory() -> None:
+    """Gives freed memory back to the system, where that is possible, and from now on at once: there is little left."""
+    if not sys.platform.startswith("linux"):
+        return
+    library = ctypes.CDLL(None)
+    for name, arguments in (
+        ("mallopt", (M_MMAP_THRESHOLD, 2**17)),
+        ("mallopt", (M_TRIM_THRESHOLD, 2**17)),
+        ("mallopt", (M_ARENA_MAX, 1)),  # what one thread has freed serves the others
+        ("malloc_trim", (0,)),
+    ):
+        if (function := getattr(library, name, None)) is not None:
+            function(*arguments)
+
+
+class Computing:
+    """Calls functions in this thread, or in a new one after oneDNN has failed to compile in this one for lack of
+    memory: its assembler keeps that error for as long as the thread lives."""
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """What the function returns or raises."""
+        return function() if self._thread is None else self._thread.submit(function).result()
+
+    def renew(self) -> None:
+        """Take a new thread."""
+        if self._thread is not None:
+            self._thread.shutdown()
+        # a thread that does not ask for their number would set it, for all of torch
+        self._thread = ThreadPoolExecutor(1, initializer=torch.get_num_threads)
 
 
 def peak_bytes() -> int | None:

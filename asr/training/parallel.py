@@ -3,19 +3,20 @@ fully_shard (FSDP2), chosen by one configuration; and whole tensors of it for fi
 
 ZeRO's stages (Rajbhandari et al. 2020) share out, in turn, optimizer state, gradients and weights. All engines average
 gradients over processes; the trainer's loss is divided by the count over all of them, and multiplied by their number.
-Gradients are brought together after each batch, also of several in a step: a batch that is skipped then leaves nothing
-behind on one process alone.
+Shares of gradients are brought together after each batch of a step, whole gradients after its last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -65,9 +66,33 @@ class Parallel:
         """Each encoder block, the predictor, the joiner and what is left are gathered on their own, when they run."""
         mesh = _mesh(next(model.parameters()).device.type, self.ranks.size, self.config.replicas)
         gather_again = self.config.zero == 3
+        sent = torch.bfloat16 if self.config.gather == "bf16" else None
+        # what enters a module stays as it is: log-mel energies lose too much, and products are under autocast anyway
+        policy = MixedPrecisionPolicy(sent, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for unit in (*model.encoder.blocks, model.predictor, model.joiner):
-            fully_shard(unit, mesh=mesh, reshard_after_forward=gather_again)
-        fully_shard(model, mesh=mesh, reshard_after_forward=gather_again)
+            fully_shard(unit, mesh=mesh, reshard_after_forward=gather_again, mp_policy=policy)
+        fully_shard(model, mesh=mesh, reshard_after_forward=gather_again, mp_policy=policy)
+
+    def no_sync(self) -> contextlib.AbstractContextManager[object]:
+        """Within, whole gradients are added up without a word to other processes; shares always are brought together,
+        since whole ones would take the memory that was to be saved."""
+        return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) else contextlib.nullcontext()
+
+    def average_gradients(self) -> None:
+        """Bring together what `no_sync` has added up, where no other backward pass does it."""
+        if isinstance(self.forward, DistributedDataParallel):
+            for gradient in self._gradients():
+                dist.all_reduce(gradient)
+                gradient.div_(self.ranks.size)
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply all gradients."""
+        torch._foreach_mul_(self._gradients(), factor)
+
+    def _gradients(self) -> list[Tensor]:
+        """This process's part of each gradient."""
+        gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
+        return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
 
     def clip_grad_norm(self, most: float) -> float:
         """Scale gradients down to this global norm; the norm before."""

@@ -31,6 +31,15 @@ class Ranks:
         """Whether this process writes files and speaks for all."""
         return self.rank == 0
 
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """The values of each process, as many on all, in float64; all of them must call it."""
+        if self.size == 1:
+            return [list(values)]
+        everyone = torch.empty(self.size * len(values), dtype=torch.float64)
+        dist.all_gather_into_tensor(everyone, torch.tensor(values, dtype=torch.float64))
+        rows: list[list[float]] = everyone.view(self.size, -1).tolist()
+        return rows
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over all processes, in float64; all of them must call it."""
         if self.size == 1:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from asr.training.memory import checkpoint_activations, keep_freed_memory
 from asr.training.metrics import MetricsWriter, ProgressLine, clock
 from asr.training.optim import WeightAverage
 from asr.training.parallel import Parallel, shared_like, whole
-from asr.training.precision import resolve_precision
+from asr.training.pieces import Pieces
+from asr.training.precision import override_precision, resolve_precision
 from asr.training.ranks import Ranks
 from asr.training.step import Progress, Stepper, seed_of
 from asr.training.validation import Validation, validate
@@ -98,6 +100,11 @@ class Trainer:
             keep_freed_memory()
         self.command = command or shlex.join(sys.argv)
         self.precision = resolve_precision(self.config.precision, self.device)
+        if experiment.parallel.gather != "fp32" and experiment.parallel.gather != self.precision:
+            raise UserError(
+                f"parallel.gather={experiment.parallel.gather} needs products of that format, training.precision is "
+                f"{self.precision} here; set both to bf16, or leave gather at fp32"
+            )
         self.checkpoints = self.out_dir / "checkpoints"
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.line = ProgressLine(quiet=not self.ranks.first)
@@ -111,6 +118,7 @@ class Trainer:
         ).to(self.device)
         if experiment.memory.checkpointing == "full":
             checkpoint_activations(self.model.encoder)
+        override_precision(self.model, self.config.precision_overrides, self.device)
         # a CTC head without its loss has no gradient
         unused = self.model.ctc_head is not None and experiment.loss.ctc_weight == 0
         self.parallel = Parallel(self.model, experiment.parallel, experiment.optim, self.ranks, unused)
@@ -118,7 +126,11 @@ class Trainer:
         total_s = self.config.max_epochs * _epoch_seconds(data.train_cuts, experiment.data)
         if total_s <= 0:
             raise UserError("the training cuts are empty; run prepare and features, and look at bad_rows.txt")
-        self.stepper = Stepper(experiment, self.parallel, self.ranks, self.device, self.precision, self.ema, total_s)
+        suffix = f"-rank{self.ranks.rank}" if self.ranks.size > 1 else ""
+        pieces = Pieces(self.out_dir / "memory", experiment.memory.lower_after, suffix=suffix)
+        self.stepper = Stepper(
+            experiment, self.parallel, self.ranks, self.device, self.precision, self.ema, total_s, pieces
+        )
 
     @property
     def progress(self) -> Progress:
@@ -212,7 +224,9 @@ class Trainer:
             self.experiment.data,
             max_duration_s=self.experiment.decoding.batch_duration_s,
         )
-        result = validate(model, stop.watch(loader), self.data.tokenizer, self.experiment, self.device)
+        result = self.stepper.computing.call(
+            partial(validate, model, stop.watch(loader), self.data.tokenizer, self.experiment, self.device)
+        )
         progress = self.progress
         metrics.write(
             "valid",
@@ -269,12 +283,15 @@ class Trainer:
         metrics = self._begin() if self.ranks.first else MetricsWriter(None, False)
         # files are as the first process leaves them before any other looks
         self.ranks.wait()
+        say = self.line.say if self.ranks.first else lambda text: print(f"rank {self.ranks.rank}: {text}", flush=True)
+        self.stepper.say = say
+        self.stepper.record = lambda **fields: metrics.write("out_of_memory", **fields)
         bad = BadBatches(
             self.out_dir / "bad_batches",
             self.config.max_bad_batches,
             self.progress.bad_batches,
             lambda **fields: metrics.write("bad_batch", **fields),
-            self.line.say if self.ranks.first else lambda text: print(f"rank {self.ranks.rank}: {text}", flush=True),
+            say,
             f"-rank{self.ranks.rank}" if self.ranks.size > 1 else "",
         )
         saved = next(reversed(checkpoint.step_checkpoints(self.checkpoints)), None)

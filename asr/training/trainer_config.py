@@ -17,7 +17,9 @@ class TrainingConfig:
         max_steps: stops after this many optimizer steps; 0 is no such limit.
         accumulation: batches whose gradients are added up before a step.
         normalize: what a step's summed loss is divided by, counted over all its batches: "tokens" or "utterances".
-        precision: "fp32", "bf16" (autocast), or "auto": bf16 where the device computes it natively, else fp32.
+        precision: of matrix products: "fp32", "bf16", "fp16" (both autocast; the latter with a scaled loss), or "auto":
+            bf16 where the device computes it natively, else fp32. Weights, their gradients and the lattice are float32.
+        precision_overrides: of modules by name, like {encoder.subsampling: fp32}.
         chunk_frames: chunk sizes in encoder frames of 40 ms, one drawn for each batch; 0 is full context.
         ema_decay: decay of the exponential moving average of the weights; 0 is off.
         log_every_steps: steps between two lines of metrics.
@@ -32,7 +34,8 @@ class TrainingConfig:
     max_steps: int = 0
     accumulation: int = 1
     normalize: Literal["tokens", "utterances"] = "tokens"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision_overrides: dict[str, Literal["fp32", "bf16", "fp16"]] = field(default_factory=dict)
     chunk_frames: list[int] = field(default_factory=lambda: [0])
     ema_decay: float = 0.999
     log_every_steps: int = 10
@@ -66,6 +69,8 @@ class ParallelConfig:
         replicas: of zero 2 and 3: groups of processes, each of which holds the whole model between them (HSDP); as a
             rule the number of machines, since gathered weights then stay within a machine. Divides the number of
             processes.
+        gather: number format in which zero 2 and 3 send weights to each other for the forward and backward pass: "bf16"
+            halves what is sent; shares, gradients and their sums stay float32. Needs training.precision bf16.
         timeout_s: seconds that a process waits for the others before it gives up.
         tensor: processes that share each layer; only 1 exists.
         pipeline: processes that share the layers; only 1 exists.
@@ -74,6 +79,7 @@ class ParallelConfig:
 
     zero: Literal[0, 1, 2, 3] = 0
     replicas: int = 1
+    gather: Literal["fp32", "bf16"] = "fp32"
     timeout_s: float = 1800.0
     tensor: int = 1
     pipeline: int = 1
@@ -92,6 +98,11 @@ class ParallelConfig:
             raise ValueError(
                 f"parallel.replicas={self.replicas} needs gradients that are shared out, parallel.zero=2 or 3; "
                 f"zero={self.zero} repeats them on every process: leave replicas at 1"
+            )
+        if self.gather != "fp32" and self.zero < 2:
+            raise ValueError(
+                f"parallel.gather={self.gather} is about weights that are shared out, parallel.zero=2 or 3; zero="
+                f"{self.zero} sends none: leave it at fp32"
             )
         if not self.timeout_s > 0:
             raise ValueError(f"parallel.timeout_s={self.timeout_s} must be above 0")
@@ -117,9 +128,16 @@ class MemoryConfig:
     Args:
         checkpointing: of the encoder (Chen et al. 2016): "full" keeps what enters each block for the backward pass,
             and computes the rest again there, block by block. Gradients are the same to the bit.
+        lower_after: a batch that memory does not hold is split and tried again; after every so many of those, larger
+            pieces than it did hold are not tried any more.
     """
 
     checkpointing: Literal["none", "full"] = "none"
+    lower_after: int = 3
+
+    def __post_init__(self) -> None:
+        if self.lower_after < 1:
+            raise ValueError(f"memory.lower_after={self.lower_after} must be at least 1")
 
 
 @dataclass

@@ -37,6 +37,9 @@ def test_steps_equal_those_of_one_process(size: int, data: Path, tmp_path: Path)
         "fp32-utterances": ["training.normalize=utterances"],
         **{f"fp32-{method}": [f"loss.method={method}"] for method in LOSSES if method != "fused"},
         "bf16-fused": ["training.precision=bf16"],
+        "bf16-pruned": ["training.precision=bf16", "loss.method=pruned"],
+        "fp16-fused": ["training.precision=fp16"],
+        "fp32-override": ["training.precision=bf16", "training.precision_overrides={encoder: fp32, joiner: fp32}"],
         "fp32-unused-ctc": ["model.ctc=true"],
         "fp32-checkpointing": ["memory.checkpointing=full"],
         "fp32-ctc": ["model.ctc=true", "loss.ctc_weight=0.3"],
@@ -45,7 +48,14 @@ def test_steps_equal_those_of_one_process(size: int, data: Path, tmp_path: Path)
     if size == 4:
         ways["hsdp"] = ["parallel.zero=3", "parallel.replicas=2"]
         kinds = {name: kinds[name] for name in ("fp32-fused", "fp32-pruned")}
-    cases = {f"{k}-{w}": spread(size, *kinds[k], *ways[w]) for k in kinds for w in ways}
+    else:
+        ways["gather"] = ["parallel.zero=3", "parallel.gather=bf16"]
+    cases = {
+        f"{k}-{w}": spread(size, *kinds[k], *ways[w])
+        for k in kinds
+        for w in ways
+        if w != "gather" or k.startswith("bf16")
+    }
     (tmp_path / "one").mkdir()
     (tmp_path / "many").mkdir()
     together(1, sgd_steps, {k: spread(1, *kinds[k]) for k in kinds}, STEPS, data, tmp_path / "one")

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from asr.errors import UserError
+
 # numbers of glibc's malloc.h
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -70,11 +72,45 @@ class Computing:
 
 def peak_bytes() -> int | None:
     """Most resident memory that this process has had since it began; None where there is no /proc."""
+    return _status("VmHWM")
+
+
+def used_bytes(device: torch.device) -> int:
+    """Resident memory of this process on CPU, of its tensors on CUDA.
+
+    Raises:
+        UserError: this system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    used = _status("VmRSS")
+    if used is None:
+        raise UserError("this system does not tell how much memory a process has; memory.limit needs Linux, or CUDA")
+    return used
+
+
+def peak_bytes_of(device: torch.device, function: Callable[[], Any]) -> int:
+    """Most memory that a call has had above what was used before.
+
+    Raises:
+        UserError: this system does not say.
+    """
+    before = used_bytes(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+    function()
+    return max(0, (_status("VmHWM") or 0) - before)
+
+
+def _status(name: str) -> int | None:
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
 
 
 def checkpoint_activations(encoder: Any) -> None:

@@ -70,7 +70,10 @@ def test_steps_equal_those_of_one_process(size: int, data: Path, tmp_path: Path)
             assert {k for k in left if left[k] is None} == {k for k in right if right[k] is None}
             expected = {k: v for k, v in left.items() if v is not None}
             relative = 1e-5 if kind.startswith("fp32") else 1e-3
+            norm = expected.pop("grad_norm")
             assert {k: right[k] for k in expected} == pytest.approx(expected, rel=relative), name
+            # biases and norms are rounded too where they are sent in bf16
+            assert right["grad_norm"] == pytest.approx(norm, rel=5e-3 if way == "gather" else relative), name
         shares = {"zero0": 1, "hsdp": size // 2}.get(way, size)
         assert many["share"] <= 1.1 * one["share"] / shares
 

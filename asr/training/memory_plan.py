@@ -1,0 +1,279 @@
+"""`memory.limit`: before training starts, the choice of what keeps it within a limit, by trying on the model itself.
+
+What counts is the resident memory of the process on CPU, the memory allocated by torch on CUDA. A step takes a part that
+is always there (weights, gradients, optimizer state, moving average) and one that grows with the piece of a batch that
+is computed at a time; the latter is measured, for the longest utterance and for several of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from asr.config import Experiment
+from asr.data.batch import Batch
+from asr.data.audio import SAMPLE_RATE_HZ
+from asr.data.fbank import num_feature_frames
+from asr.data.loader import DataConfig
+from asr.data.tokenizer import Tokenizer
+from asr.errors import UserError
+from asr.models.transducer import LossConfig, Transducer
+from asr.training.activations import MODES, checkpoint_activations, measure, total_bytes
+from asr.training.memory import peak_bytes_of, return_freed_memory, used_bytes
+from asr.training.pieces import free_memory, is_out_of_memory
+from asr.training.precision import autocast
+from asr.training.ranks import Ranks
+from losses.memory import parse_limit, text_of
+
+MARGIN = 0.05  # of the limit: what allocators leave free between blocks, batches that wait to be computed
+LOSS_SHARE = 0.25  # of what a piece may take, for the loss where it is held to a limit of its own
+PROBE_FRAMES = 4000  # of the second measurement: enough that it stands out
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes of a forward and backward pass over a batch."""
+
+    fixed: float
+    per_frame: float
+
+    def cost(self, size: int, frames: int) -> float:
+        """Of so many utterances, padded to so many feature frames."""
+        return self.fixed + size * frames * self.per_frame
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What was chosen.
+
+    Args:
+        checkpointing: mode of all parts of the encoder.
+        offload: where the optimizer's state is.
+        loss_limit: of the loss, bytes; None is none.
+        costs: of a piece of a batch.
+        piece_limit: most that they may come to.
+        text: what was chosen, and why.
+    """
+
+    checkpointing: str
+    offload: str
+    loss_limit: int | None
+    costs: Costs
+    piece_limit: float
+    text: str
+
+    def most_seconds(self) -> float:
+        """Audio in a piece, feature frames being 10 ms."""
+        return (self.piece_limit - self.costs.fixed) / self.costs.per_frame / 100
+
+    def loss(self, config: LossConfig) -> LossConfig:
+        """The loss with its own limit."""
+        return config if self.loss_limit is None else replace(config, memory_limit=text_of(self.loss_limit))
+
+
+def plan_memory(
+    experiment: Experiment,
+    model: Transducer,
+    longest: tuple[int, int],
+    ranks: Ranks,
+    device: torch.device,
+    precision: str,
+) -> MemoryPlan:
+    """The choice that takes the least time and keeps to ``experiment.memory.limit``.
+
+    In this order, since each costs more time than the one before: batches in pieces, down to one utterance; the loss's
+    own limit; checkpointing; the optimizer's state in a file. All processes choose by the most that one of them needs.
+
+    Args:
+        experiment: its configuration.
+        model: on its device, whole and not yet wrapped; left without gradients.
+        longest: feature frames and tokens of the longest utterance.
+        ranks: the processes; all of them must call this.
+        device: where the model is.
+        precision: of products, resolved.
+
+    Raises:
+        UserError: nothing keeps to the limit; names the smallest that can be kept to. Or memory cannot be measured.
+    """
+    assert experiment.memory.limit is not None
+    limit = parse_limit(experiment.memory.limit)
+    if device.type == "cpu":
+        return_freed_memory()  # else what one attempt has left is not counted in the next
+    probe = _Probe(experiment, model, longest, ranks, device, precision)
+    least = math.inf
+    modes = MODES[MODES.index(_given(experiment)) :]
+    for offload in dict.fromkeys((experiment.memory.offload, "file" if experiment.parallel.zero != 1 else "none")):
+        static = probe.static(offload)
+        room = (1 - MARGIN) * limit - static
+        for mode in modes:
+            for share in (None, LOSS_SHARE):
+                bound = None if share is None else int(share * room)
+                if room <= 0 and (mode != modes[-1] or bound is not None):
+                    continue  # of the last mode the need is told
+                costs = probe.costs(mode, bound, room)
+                need = costs.cost(1, longest[0])
+                least = min(least, (static + need) / (1 - MARGIN))
+                if need <= room:
+                    return _plan(experiment, limit, static, mode, offload, bound, costs, room, longest)
+    raise UserError(
+        f"memory.limit={experiment.memory.limit} does not hold this training: the smallest limit that holds the longest"
+        f" utterance, {longest[0] / 100:.1f} s, with everything computed again and the optimizer's state in a file, is"
+        f" {text_of(math.ceil(1.02 * least))}"
+    )
+
+
+def _given(experiment: Experiment) -> str:
+    mode = experiment.memory.checkpointing
+    return mode if mode in MODES else "none"
+
+
+def _plan(
+    experiment: Experiment,
+    limit: int,
+    static: float,
+    mode: str,
+    offload: str,
+    loss_limit: int | None,
+    costs: Costs,
+    room: float,
+    longest: tuple[int, int],
+) -> MemoryPlan:
+    frames = longest[0]
+    most = max(1, int(experiment.data.max_duration_s * 100 // frames))  # utterances of a batch of the longest
+    whole, alone = costs.cost(most, frames), costs.cost(1, frames)
+    pieces = next((n for n in range(1, most) if costs.cost(-(-most // n), frames) <= room), most)
+    parts = [f"batches in up to {pieces} pieces" if pieces > 1 else "whole batches"]
+    parts += [f"checkpointing {mode}"] if mode != _given(experiment) else []
+    parts += [f"the loss within {text_of(loss_limit)}"] if loss_limit is not None else []
+    parts += ["the optimizer's state in a file"] if offload != experiment.memory.offload else []
+    text = (
+        f"memory.limit={text_of(limit)}: {', '.join(parts)}; {text_of(static)} are always there, of the"
+        f" {text_of(max(room, 0))} left a batch of {experiment.data.max_duration_s:g} s would take {text_of(whole)}, its"
+        f" longest utterance alone {text_of(alone)}"
+    )
+    return MemoryPlan(mode, offload, loss_limit, costs, room, text)
+
+
+class _Probe:
+    """Measures on the model what its training takes."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        model: Transducer,
+        longest: tuple[int, int],
+        ranks: Ranks,
+        device: torch.device,
+        precision: str,
+    ):
+        self.experiment, self.model, self.longest = experiment, model, longest
+        self.ranks, self.device, self.precision = ranks, device, precision
+        self._parts = [model.encoder.subsampling, *model.encoder.blocks]
+        model.train()
+        saved = measure(model.encoder, 1, longest[0], partial(autocast, precision, device))
+        self._saved = {mode: total_bytes(saved, [mode] * len(self._parts)) for mode in MODES}
+        with self._mode("full"):
+            self._run(_batch(1, longest, model, device), experiment.loss)  # compiles, and makes gradients
+            free_memory()
+            self.base = used_bytes(device)
+            self._least = self._peak(1, experiment.loss)
+        self.weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+    @contextmanager
+    def _mode(self, mode: str) -> Iterator[None]:
+        stem, *blocks = self._parts
+        checkpoint_activations(self.model.encoder, [mode] * len(self._parts))
+        try:
+            yield
+        finally:
+            self.model.encoder.subsampling = stem
+            for number, block in enumerate(blocks):
+                self.model.encoder.blocks[number] = block
+
+    def static(self, offload: str) -> float:
+        """Bytes that are always there: what is now, the gradients among it, and what comes with the optimizer."""
+        config, size = self.experiment.parallel, self.ranks.size
+        share = {level: 1 / (size // config.replicas) if config.zero >= level else 1.0 for level in (1, 2, 3)}
+        weights, gradients, state = share[3], share[2], share[1]
+        total = self.base - 2 * self.weights + self.weights * (weights + gradients)
+        if self.experiment.training.ema_decay > 0:
+            total += self.weights * weights
+        if offload == "none":
+            total += 2 * self.weights * state
+        if weights < 1:  # gathered: the largest unit that is, and the one after it
+            total += 2 * max(_bytes(part) for part in (*self._parts, self.model.predictor, self.model.joiner))
+        if size > 1:  # a checkpoint is written from a copy
+            total += self.weights * (weights + 2 * state + (weights if self.experiment.training.ema_decay > 0 else 0))
+        return max(row[0] for row in self.ranks.gather([total]))
+
+    def costs(self, mode: str, loss_limit: int | None, room: float) -> Costs:
+        """Of pieces. What would take more room than there is is not tried, but judged by what the encoder saves."""
+        loss = self.experiment.loss
+        if loss_limit is not None:
+            loss = replace(loss, memory_limit=text_of(loss_limit))
+        frames = self.longest[0]
+        one = self._least + self._saved[mode] - self._saved["full"]
+        several, more = max(2, PROBE_FRAMES // frames), math.inf
+        if one <= room or mode == "full":
+            with self._mode(mode):
+                one = self._peak(1, loss)
+                if several * one <= room:
+                    more = self._peak(several, loss)
+        # all processes choose alike
+        rows = self.ranks.gather([one, more])
+        one, more = max(row[0] for row in rows), max(row[1] for row in rows)
+        if more == math.inf:
+            return Costs(0.0, one / frames)
+        per_frame = max(more - one, 0.1 * one) / ((several - 1) * frames)
+        return Costs(max(0.0, one - per_frame * frames), per_frame)
+
+    def _peak(self, size: int, loss: LossConfig) -> float:
+        batch = _batch(size, self.longest, self.model, self.device)
+        try:
+            return float(peak_bytes_of(self.device, lambda: self._run(batch, loss)))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return math.inf
+        finally:
+            free_memory()
+
+    def _run(self, batch: Batch, loss: LossConfig) -> None:
+        with autocast(self.precision, self.device):
+            losses: Any = self.model(batch.features, batch.feature_lens, batch.targets, batch.target_lens, loss, 0)
+        losses.loss.backward()
+
+
+def _bytes(part: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in part.parameters())
+
+
+def _batch(size: int, longest: tuple[int, int], model: Transducer, device: torch.device) -> Batch:
+    frames, tokens = longest
+    generator = torch.Generator().manual_seed(0)
+    return Batch(
+        torch.randn(size, frames, model.config.num_mel_bins, generator=generator),
+        torch.full((size,), frames),
+        torch.randint(1, model.vocab_size, (size, tokens), generator=generator),
+        torch.full((size,), tokens),
+        [],
+        [],
+        [],
+    ).to(device)
+
+
+def longest_utterance(cuts: Any, tokenizer: Tokenizer, config: DataConfig) -> tuple[int, int]:
+    """Feature frames and tokens of the longest utterance, by the hundred longest cuts."""
+    longest = sorted(cuts, key=lambda cut: cut.duration, reverse=True)[:100]
+    # stored features are of all speeds already
+    slowest = 1.0 if config.features.storage == "stored" else min(1.0, *config.augment.speed_factors)
+    samples = math.ceil(longest[0].duration / slowest * SAMPLE_RATE_HZ)
+    frames = num_feature_frames(samples, config.features)
+    tokens = max((len(tokenizer.encode(p.text)) for cut in longest for p in cut.supervisions if p.text), default=1)
+    return frames, max(1, min(tokens, (frames - 3) // 4))  # "modified" spends a frame on each

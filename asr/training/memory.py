@@ -1,14 +1,10 @@
-"""Settings of the C library's memory allocation, the memory that a process has taken, and activations that are computed
-again instead of kept."""
+"""Settings of the C library's memory allocation, and the memory that a process has taken."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 from pathlib import Path
-from typing import Any
-
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 # numbers of glibc's malloc.h
 M_TRIM_THRESHOLD = -1
@@ -37,14 +33,3 @@ def peak_bytes() -> int | None:
     except OSError:
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
-
-
-def checkpoint_activations(encoder: Any) -> None:
-    """Lets the encoder's subsampling and each of its blocks, in place, keep only what enters them for the backward
-    pass, which computes the rest again.
-
-    Names in the state dict stay. What is random in a block is drawn again from the same state of torch's generator.
-    """
-    encoder.subsampling = checkpoint_wrapper(encoder.subsampling)
-    for number, block in enumerate(encoder.blocks):
-        encoder.blocks[number] = checkpoint_wrapper(block)

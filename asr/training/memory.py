@@ -1,5 +1,4 @@
-"""Settings of the C library's memory allocation, the memory that a process has taken, and activations that are computed
-again instead of kept."""
+"""Settings of the C library's memory allocation, and the memory that a process has taken."""
 
 from __future__ import annotations
 
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from asr.errors import UserError
 
@@ -111,14 +109,3 @@ def _status(name: str) -> int | None:
     except OSError:
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
-
-
-def checkpoint_activations(encoder: Any) -> None:
-    """Lets the encoder's subsampling and each of its blocks, in place, keep only what enters them for the backward
-    pass, which computes the rest again.
-
-    Names in the state dict stay. What is random in a block is drawn again from the same state of torch's generator.
-    """
-    encoder.subsampling = checkpoint_wrapper(encoder.subsampling)
-    for number, block in enumerate(encoder.blocks):
-        encoder.blocks[number] = checkpoint_wrapper(block)

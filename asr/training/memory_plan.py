@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from asr.config import Experiment
-from asr.data.batch import Batch
 from asr.data.audio import SAMPLE_RATE_HZ
+from asr.data.batch import Batch
 from asr.data.fbank import num_feature_frames
 from asr.data.loader import DataConfig
 from asr.data.tokenizer import Tokenizer

@@ -20,19 +20,21 @@ from torch import Tensor
 from asr import checkpoint
 from asr.config import Experiment, dump
 from asr.data.batch import Batch
+from asr.data.fbank import FRAME_SHIFT_MS
 from asr.data.features import FeatureStats
 from asr.data.loader import BatchLoader, DataConfig, eval_loader, explain_dead_worker, train_loader
 from asr.data.tokenizer import Tokenizer
 from asr.environment import cpu
 from asr.errors import Terminated, UserError
 from asr.models.transducer import build_model, parameter_counts
+from asr.training.activations import checkpoint_activations, measure, within_budget
 from asr.training.faults import BadBatches, Termination
-from asr.training.memory import checkpoint_activations, keep_freed_memory
+from asr.training.memory import keep_freed_memory
 from asr.training.metrics import MetricsWriter, ProgressLine, clock
 from asr.training.optim import WeightAverage
 from asr.training.parallel import Parallel, shared_like, whole
 from asr.training.pieces import Pieces
-from asr.training.precision import override_precision, resolve_precision
+from asr.training.precision import autocast, override_precision, resolve_precision
 from asr.training.ranks import Ranks
 from asr.training.step import Progress, Stepper, seed_of
 from asr.training.validation import Validation, validate
@@ -116,8 +118,7 @@ class Trainer:
             None if stats is None else torch.as_tensor(stats.mean),
             None if stats is None else torch.as_tensor(stats.scale),
         ).to(self.device)
-        if experiment.memory.checkpointing == "full":
-            checkpoint_activations(self.model.encoder)
+        checkpoint_activations(self.model.encoder, self._checkpointing())
         override_precision(self.model, self.config.precision_overrides, self.device)
         # a CTC head without its loss has no gradient
         unused = self.model.ctc_head is not None and experiment.loss.ctc_weight == 0
@@ -131,6 +132,25 @@ class Trainer:
         self.stepper = Stepper(
             experiment, self.parallel, self.ranks, self.device, self.precision, self.ema, total_s, pieces
         )
+
+    def _checkpointing(self) -> list[str]:
+        """Modes of the encoder's parts; of a budget, as the first process measures them on a full batch of cuts as long
+        as the longest."""
+        memory, blocks = self.experiment.memory, len(self.model.encoder.blocks)
+        if memory.checkpointing != "budget":
+            return [memory.checkpointing] * (1 + blocks)
+        most_s = self.experiment.data.max_duration_s
+        longest_s = min(most_s, max((cut.duration for cut in self.data.train_cuts), default=most_s))
+        size, frames = int(most_s // longest_s), max(7, round(1000 * longest_s / FRAME_SHIFT_MS))
+        modes, why = self.ranks.from_first(
+            lambda: within_budget(
+                measure(self.model.encoder, size, frames, partial(autocast, self.precision, self.device)),
+                blocks,
+                memory.activation_budget,
+            )
+        )
+        self.line.say(why)
+        return modes
 
     @property
     def progress(self) -> Progress:

@@ -126,16 +126,23 @@ class MemoryConfig:
     """What a step keeps in memory, and what it computes again instead.
 
     Args:
-        checkpointing: of the encoder (Chen et al. 2016): "full" keeps what enters each block for the backward pass,
-            and computes the rest again there, block by block. Gradients are the same to the bit.
+        checkpointing: of the encoder (Chen et al. 2016): "none" keeps all; "selective" keeps the results of matrix
+            products, convolutions and attention, and computes norms, activations and dropout again; "full" keeps what
+            enters each block, and computes the rest again, block by block; "budget" gives each block one of these.
+            Gradients are the same to the bit.
+        activation_budget: of "budget": fraction of what the encoder keeps with "none", above 0 and at most 1. Each mode
+            is measured at the start, and those that take the least time within it are chosen.
         lower_after: a batch that memory does not hold is split and tried again; after every so many of those, larger
             pieces than it did hold are not tried any more.
     """
 
-    checkpointing: Literal["none", "full"] = "none"
+    checkpointing: Literal["none", "selective", "full", "budget"] = "none"
+    activation_budget: float = 0.5
     lower_after: int = 3
 
     def __post_init__(self) -> None:
+        if not 0 < self.activation_budget <= 1:
+            raise ValueError(f"memory.activation_budget={self.activation_budget} is outside (0, 1]; 1 keeps all")
         if self.lower_after < 1:
             raise ValueError(f"memory.lower_after={self.lower_after} must be at least 1")
 

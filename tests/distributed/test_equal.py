@@ -41,7 +41,9 @@ def test_steps_equal_those_of_one_process(size: int, data: Path, tmp_path: Path)
         "fp16-fused": ["training.precision=fp16"],
         "fp32-override": ["training.precision=bf16", "training.precision_overrides={encoder: fp32, joiner: fp32}"],
         "fp32-unused-ctc": ["model.ctc=true"],
-        "fp32-checkpointing": ["memory.checkpointing=full"],
+        "fp32-full": ["memory.checkpointing=full"],
+        "fp32-selective": ["memory.checkpointing=selective"],
+        "fp32-budget": ["memory={checkpointing: budget, activation_budget: 0.7}"],
         "fp32-ctc": ["model.ctc=true", "loss.ctc_weight=0.3"],
     }
     ways = {"zero0": ["parallel.zero=0"], "zero2": ["parallel.zero=2"], "zero3": ["parallel.zero=3"]}

@@ -27,11 +27,14 @@ class Positions:
         self._tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def bias(self, num_heads: int, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores, [B * H, T, T]: 0 where attention is allowed, else -inf."""
+        """What is added to the scores, [B * H, T or 1, T]: 0 where attention is allowed, else -inf."""
         if self.mask is None:
             return None
         if (num_heads, dtype) not in self._bias:
-            allowed = self.mask.expand(-1, num_heads, -1, -1).flatten(0, 1)
+            # lengths alone are a mask of all queries alike: B H T numbers, which stay for checkpointed layers
+            allowed = (
+                (self.mask if self.mask.stride(2) else self.mask[:, :, :1]).expand(-1, num_heads, -1, -1).flatten(0, 1)
+            )
             zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
             self._bias[num_heads, dtype] = zeros.masked_fill_(~allowed, -torch.inf)
         return self._bias[num_heads, dtype]
@@ -73,7 +76,7 @@ class _TrainingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-        """qkv [B, T, 3, H, d], bias [B * H, T, T] or None, cos and sin [2, 1, T, d], all of one dtype."""
+        """qkv [B, T, 3, H, d], bias [B * H, T or 1, T] or None, cos and sin [2, 1, T, d], all of one dtype."""
         batch, frames, _, heads, head_dim = qkv.shape
         unrotated = qkv.new_empty(2, batch * heads, frames, head_dim)
         for i in range(2):

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -20,11 +20,12 @@ NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of the run; one alone without torchrun."""
+    """This process among all of the run; one alone without torchrun. ``store`` holds what several tell each other."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    store: dist.Store | None = field(default=None, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -148,14 +149,15 @@ def started(device: str, timeout_s: float) -> Iterator[Ranks]:
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks.size, serves, timeout=timeout
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = dist.PrefixStore(f"attempt {attempt}", store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
-        store=dist.PrefixStore(f"attempt {attempt}", store),
+        store=own,
         rank=ranks.rank,
         world_size=ranks.size,
         timeout=timeout,
     )
     try:
-        yield ranks
+        yield replace(ranks, store=own)
     finally:
         dist.destroy_process_group()

@@ -34,6 +34,7 @@ from asr.training.precision import resolve_precision
 from asr.training.ranks import Ranks
 from asr.training.step import Progress, Stepper, seed_of
 from asr.training.validation import Validation, validate
+from asr.training.watchdog import Watchdog
 
 
 @dataclass
@@ -119,6 +120,7 @@ class Trainer:
         if total_s <= 0:
             raise UserError("the training cuts are empty; run prepare and features, and look at bad_rows.txt")
         self.stepper = Stepper(experiment, self.parallel, self.ranks, self.device, self.precision, self.ema, total_s)
+        self.watchdog = Watchdog(self.ranks, experiment.parallel, self.out_dir / "hangs")
 
     @property
     def progress(self) -> Progress:
@@ -154,6 +156,10 @@ class Trainer:
 
         self.ranks.from_first(write)
         return path
+
+    def _save_in_time(self) -> Path:
+        with self.watchdog.patience():
+            return self.save()
 
     def resume(self, path: Path) -> None:
         """Continues exactly after the step that ``path`` was written at.
@@ -199,7 +205,8 @@ class Trainer:
         progress = self.progress
         if result.rank < (progress.best_errors, progress.best_loss):
             progress.best_errors, progress.best_loss = result.rank
-            self.ranks.from_first(lambda: self._save_best(weights))
+            with self.watchdog.patience():
+                self.ranks.from_first(lambda: self._save_best(weights))
         return result
 
     def _judge(self, weights: dict[str, Tensor], metrics: MetricsWriter, stop: Termination) -> Validation:
@@ -279,14 +286,15 @@ class Trainer:
         )
         saved = next(reversed(checkpoint.step_checkpoints(self.checkpoints)), None)
         reason, best = "failed", None
+        self.watchdog.start()
         try:
             while not self._finished():
                 self._epoch(bad, metrics, stop)
                 best = self._close_epoch(metrics, stop) or best
-                saved = self.save()
+                saved = self._save_in_time()
             reason = "finished"
         except Terminated:
-            saved = self.save()
+            saved = self._save_in_time()
             reason = "terminated"
             signal_name = "interrupted" if stop.interrupted else "SIGTERM"
             self.line.say(f"{signal_name}: saved {saved}; continue with --resume auto")
@@ -297,6 +305,7 @@ class Trainer:
                 raise
             raise explained from error
         finally:
+            self.watchdog.stop()
             metrics.write("end", step=self.progress.step, reason=reason, time_s=self.progress.time_s)
             metrics.close()
         return TrainResult(reason, self.progress.step, self.progress.epoch, saved, best)
@@ -379,7 +388,7 @@ class Trainer:
             if self._at_step_limit():
                 break
             if progress.step % self.config.checkpoint_every_steps == 0:
-                self.save()
+                self._save_in_time()
                 mark = time.monotonic()
         self._check(stop)
 

@@ -195,13 +195,13 @@ class Trainer:
     def validate(self, metrics: MetricsWriter, stop: Termination) -> Validation:
         """Validates the averaged weights where there are any, and keeps them as best.pt when they are.
 
-        The first process does it, while the others wait.
+        Each process takes its share of the cuts.
 
         Raises:
             Terminated: SIGTERM came; nothing was recorded.
         """
         weights = self.parallel.weights() if self.ema is None else whole(self.ema.weights)
-        result: Validation = self.ranks.from_first(lambda: self._judge(weights, metrics, stop))
+        result = self._judge(weights, metrics, stop)
         progress = self.progress
         if result.rank < (progress.best_errors, progress.best_loss):
             progress.best_errors, progress.best_loss = result.rank
@@ -218,8 +218,11 @@ class Trainer:
             self.data.tokenizer,
             self.experiment.data,
             max_duration_s=self.experiment.decoding.batch_duration_s,
+            rank=self.ranks.rank,
+            size=self.ranks.size,
         )
-        result = validate(model, stop.watch(loader), self.data.tokenizer, self.experiment, self.device)
+        batches = self._together(loader, stop)
+        result = validate(model, batches, self.data.tokenizer, self.experiment, self.device, ranks=self.ranks)
         progress = self.progress
         metrics.write(
             "valid",
@@ -236,6 +239,15 @@ class Trainer:
             f" [{result.errors} / {result.words}]"
         )
         return result
+
+    def _together(self, loader: BatchLoader, stop: Termination) -> Iterator[Batch]:
+        """The same batches, with a look for signals after each: a pass over many of them outlasts the grace of most
+        schedulers. A process whose share is used up looks on with the others."""
+        batches = iter(loader)
+        while self.ranks.any((batch := next(batches, None)) is not None):
+            if batch is not None:
+                yield batch
+            self._check(stop)
 
     def _save_best(self, weights: dict[str, Tensor]) -> None:
         payload = checkpoint.make_payload(

@@ -59,17 +59,18 @@ def collectives() -> int:
     )
 
 
-def find_hung(states: list[State], seen: list[Seen], now: float, beat_s: float) -> list[int]:
+def find_hung(states: list[State], seen: list[Seen], now: float, hang_s: float) -> list[int]:
     """Ranks that hang; empty while someone may still make progress.
 
-    Processes that are silent (stopped, or in a call that lets no other thread run) hang for sure; else those that have
-    entered the fewest collective operations do.
+    Processes that are silent (stopped, or in a call that lets no other thread run) hang for sure, whatever they were
+    at; else those that have entered the fewest collective operations do.
     """
     watched = [rank for rank, state in enumerate(states) if state.limit_s]
-    stalled = [rank for rank in watched if now - seen[rank].progress >= states[rank].limit_s]
-    silent = [rank for rank in stalled if now - seen[rank].beat >= min(10 * beat_s, states[rank].limit_s / 2)]
+    silent = [rank for rank in watched if now - seen[rank].beat >= hang_s / 2]
+    limits = {rank: hang_s if rank in silent else states[rank].limit_s for rank in watched}
+    stalled = [rank for rank in watched if now - seen[rank].progress >= limits[rank]]
     fewest = min((states[rank].collectives for rank in watched), default=0)
-    return silent or [rank for rank in stalled if states[rank].collectives == fewest]
+    return [r for r in stalled if r in silent] or [r for r in stalled if states[r].collectives == fewest]
 
 
 class Watchdog:
@@ -159,7 +160,7 @@ class Watchdog:
                 if state.beat != before.beat:
                     when.beat = now
             old, looked = states, now
-            self._judge(store, states, find_hung(states, seen, now, self._beat_s), stack)
+            self._judge(store, states, find_hung(states, seen, now, self.config.hang_timeout_s), stack)
             self._stop.wait(self._beat_s)
         self._post(store, State(beat + 1, count, 0.0, self._where))
 
@@ -189,8 +190,8 @@ class Watchdog:
 
     def _say(self, rank: int, state: State) -> None:
         text = (
-            f"error: rank {rank} of {self.ranks.size} ({state.where}) hangs: no progress for {state.limit_s:g} s "
-            f"(parallel.hang_timeout_s={self.config.hang_timeout_s:g}) while the others wait; "
+            f"error: rank {rank} of {self.ranks.size} ({state.where}) hangs: no progress for {state.limit_s:g} s while the others "
+            f"wait (parallel.hang_timeout_s={self.config.hang_timeout_s:g}); "
         )
         hidden, deadline = self._stack_file(rank), time.monotonic() + STACK_WAIT_S
         while not (hidden.exists() and hidden.stat().st_size) and time.monotonic() < deadline:

@@ -120,13 +120,14 @@ def test_who_hangs() -> None:
 
     def hung(*processes: tuple[int, float, float, float]) -> list[int]:
         states = [State(1, entered, limit_s, "") for entered, limit_s, _, _ in processes]
-        return find_hung(states, [Seen(100 - idle, 100 - silent) for _, _, idle, silent in processes], 100.0, 1.0)
+        return find_hung(states, [Seen(100 - idle, 100 - silent) for _, _, idle, silent in processes], 100.0, 10.0)
 
     waits, works = (8, 10.0, 30.0, 1.0), (7, 10.0, 9.0, 1.0)
     assert hung(waits, works) == []
     assert hung(waits, (7, 10.0, 10.0, 1.0)) == [1]
     assert hung(waits, (7, 60.0, 30.0, 1.0)) == []  # writes a checkpoint
     assert hung(waits, (8, 10.0, 10.0, 6.0)) == [1]  # stopped within an operation that it has entered
+    assert hung(waits, (7, 60.0, 10.0, 10.0)) == [1]  # or while it wrote a checkpoint
     assert hung(waits, waits) == [0, 1]
     assert hung(waits, (7, 0.0, 30.0, 30.0)) == [0]  # has ended its watch: only the first is left
     assert hung((7, 0.0, 30.0, 30.0), (7, 0.0, 30.0, 30.0)) == []

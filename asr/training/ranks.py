@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -43,6 +42,14 @@ class Ranks:
     def any(self, value: bool) -> bool:
         """Whether it is true on one of the processes; all of them must call it."""
         return self.sum([float(value)])[0] > 0
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """Those of all processes, by rank, on the first; nothing on the others. Pickled; all of them must call it."""
+        if self.size == 1:
+            return values
+        parts: list[Any] | None = [None] * self.size if self.first else None
+        dist.gather_object(values, parts, dst=0)
+        return [value for part in parts or [] for value in part]
 
     def wait(self) -> None:
         """Wait for all processes."""
@@ -114,21 +121,23 @@ def place(environment: Mapping[str, str] | None = None) -> Ranks:
     return ranks
 
 
-def torchrun(processes: int, restarts: int, *words: str) -> list[str]:
-    """The command that runs `asr train` with these words on processes of this machine.
-
-    After the loss of a process all start anew from the newest checkpoint, at most so often.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*command, "--max-restarts", str(restarts), "-m", "asr.cli.train", *words]
-
-
 def rank_device(device: str, ranks: Ranks) -> str:
     """The device of this process: "cuda" of several processes is the one of their local number."""
     if device != "cuda" or ranks.size == 1:
         return device
     torch.cuda.set_device(ranks.local_rank)
     return f"cuda:{ranks.local_rank}"
+
+
+@contextmanager
+def one_speaks(ranks: Ranks) -> Iterator[None]:
+    """Of errors in several processes only the first passes: others are the same, or follow from its end."""
+    try:
+        yield
+    except Exception:
+        if ranks.store is None or ranks.store.add("failed", 1) == 1:
+            raise
+        raise SystemExit(2) from None
 
 
 @contextmanager

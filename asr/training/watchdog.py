@@ -190,8 +190,8 @@ class Watchdog:
 
     def _say(self, rank: int, state: State) -> None:
         text = (
-            f"error: rank {rank} of {self.ranks.size} ({state.where}) hangs: no progress for {state.limit_s:g} s while the others "
-            f"wait (parallel.hang_timeout_s={self.config.hang_timeout_s:g}); "
+            f"error: rank {rank} of {self.ranks.size} ({state.where}) hangs while the others wait "
+            f"(parallel.hang_timeout_s={self.config.hang_timeout_s:g}); "
         )
         hidden, deadline = self._stack_file(rank), time.monotonic() + STACK_WAIT_S
         while not (hidden.exists() and hidden.stat().st_size) and time.monotonic() < deadline:

@@ -78,7 +78,7 @@ def test_a_hung_process_is_named(name: str, zero: int, where: str, data: Path, t
             process.kill()
     error = capfd.readouterr().err
     print(error)
-    found = re.findall(r"^error: (rank \d of 2) \(\S+, process (\d+)\) hangs: no progress for 4 s.*$", error, re.M)
+    found = re.findall(r"^error: (rank \d of 2) \(\S+, process (\d+)\) hangs .*hang_timeout_s=4\).*$", error, re.M)
     assert found == [("rank 1 of 2", str(processes[1].pid))]
     assert re.search(where, error)
     assert ended[0] == 1 and LIMIT_S <= took_s < LIMIT_S + 6

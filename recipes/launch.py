@@ -1,4 +1,4 @@
-"""Stages on several processes: `asr train` and `asr decode` under torchrun, from the same files."""
+"""Stages on several processes: `asr train`, `average` and `decode` under torchrun, from the same files."""
 
 from __future__ import annotations
 
@@ -103,6 +103,19 @@ def _listens(nodes: Nodes) -> bool:
         return False
 
 
+def average_on_processes(recipe: Recipe) -> None:
+    """Chooses the weights that decode, each process with its share of the validation cuts.
+
+    Raises:
+        UserError: the processes failed; what they printed says why.
+    """
+    config = recipe.experiment.average
+    cuts = recipe.path("data/features/cuts_valid.jsonl.gz")
+    words = ["--train-dir", str(recipe.path("train")), "--valid-cuts", str(cuts), "--device", recipe.device]
+    words += ["--ema" if config.ema else "--no-ema", "--best" if config.best else "--no-best"]
+    _decoding(recipe, "average", *words, "--last", *map(str, config.last))
+
+
 def decode_on_processes(recipe: Recipe, search: str, emission_plots: int) -> None:
     """Decodes the test cuts with one search, each process its share.
 
@@ -117,8 +130,11 @@ def decode_on_processes(recipe: Recipe, search: str, emission_plots: int) -> Non
     words = [word for name, path in files.items() for word in (name, str(path))]
     words += ["--device", recipe.device, "--search", search, "--emissions", str(emission_plots)]
     settings = dataclasses.asdict(recipe.experiment.decoding) | {"search": search}
-    words += [f"--set=decoding.{name}={value}" for name, value in settings.items()]
+    _decoding(recipe, "decode", *words, *(f"--set=decoding.{name}={value}" for name, value in settings.items()))
+
+
+def _decoding(recipe: Recipe, command: str, *words: str) -> None:
     with stopped_by_sigterm():
-        code = run_processes(recipe.num_processes, 0, "decode", *words)
+        code = run_processes(recipe.num_processes, 0, command, *words)
     if code:
         raise UserError(f"decoding on {recipe.num_processes} processes ended with {code}; the reason is printed above")

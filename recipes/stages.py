@@ -31,7 +31,7 @@ from asr.errors import Terminated, UserError
 from asr.training.launch import Nodes, check_processes
 from recipes.corpora import CORPORA, Corpus
 from recipes.engine import DONE_DIR, Pipeline, Stage, StageStopped, write_atomic
-from recipes.launch import decode_on_processes, train_on_processes
+from recipes.launch import average_on_processes, decode_on_processes, train_on_processes
 
 if TYPE_CHECKING:
     from lhotse import CutSet
@@ -165,6 +165,9 @@ def run_average(recipe: Recipe) -> None:
     """Chooses the weights that decode, on validation cuts."""
     from asr.training.averaging import average
 
+    if recipe.num_processes > 1:
+        average_on_processes(recipe)
+        return
     cuts = recipe.cuts("valid", features=True)
     average(recipe.path("train"), cuts, recipe.experiment.average, device=recipe.device)
 

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 HELP = "Decode a cut manifest with a checkpoint, write the result files and print the word error rate."
-WAIT_S = 24 * 3600.0
-"""How long a process waits for the others: each may have hours of work, and torchrun ends all when one is lost."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +35,10 @@ def run(args: argparse.Namespace) -> int:
     from asr.decoding.emission import worst_cuts, write_emissions
     from asr.decoding.load import load_for_decoding
     from asr.device import resolve_device
-    from asr.training.ranks import one_speaks, rank_device, started
+    from asr.training.ranks import LONG_S, one_speaks, rank_device, started
 
     device = resolve_device(args.device)
-    with started(device, WAIT_S) as ranks, one_speaks(ranks):
+    with started(device, LONG_S) as ranks, one_speaks(ranks):
         device = rank_device(device, ranks)
         cuts = read_cuts(args.cuts)
         loaded = load_for_decoding(args.checkpoint, device, args.search, args.set)

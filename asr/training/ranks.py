@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from asr.errors import UserError
 
+LONG_S = 24 * 3600.0
+"""How long processes wait for each other where each may have hours of work; torchrun ends all when one is lost."""
 NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -43,6 +43,22 @@ def test_files_are_those_of_one_process(words: list[str], tmp_path: Path) -> Non
     assert outputs[2][0].startswith("greedy: 11 utterances")
 
 
+def test_the_average_is_that_of_one_process(data: Path, tmp_path: Path) -> None:
+    run(read_data(data), tmp_path, *SETTINGS, "training.checkpoint_every_steps=1")
+    words = [sys.executable, "-m", "asr.cli.main", "average", "--device", "cpu", "--train-dir", str(tmp_path)]
+    words += ["--valid-cuts", str(data / "cuts_train.jsonl.gz"), "--no-ema", "--last", "1", "2"]
+    said, chosen = {}, {}
+    for nproc in (1, 2):
+        done = call(words, "--nproc", str(nproc))
+        assert done.returncode == 0, done.stderr
+        said[nproc], chosen[nproc] = done.stdout, (tmp_path / "average.pt").read_bytes()
+    assert said[1] == said[2] and chosen[1] == chosen[2]
+    names = [line.split(":")[0].strip() for line in said[2].splitlines()]
+    assert names[:4] == ["last-1", "last-2", "best", "chosen"]
+    done = call(words, "--nproc", "2", "--no-best", "--last")
+    assert done.returncode == 2 and "average.last is empty" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_an_error_of_all_is_one_line(words: list[str], tmp_path: Path) -> None:
     done = call(words, "--out-dir", str(tmp_path), "--nproc", "2", "--set", "decoding.beem=3")
     assert done.returncode == 2 and done.stdout == ""

@@ -59,7 +59,6 @@ def _hang(ranks: Ranks, data: Path, out: Path, name: str, zero: int) -> None:
 @pytest.mark.parametrize(
     ("name", "zero", "where"),
     [
-        ("lie_down", 0, r"it is in wait \(threading.py:\d+\) < wait .* < lie_down \(test_hang.py:\d+\)"),
         ("lie_down", 3, r"it is in wait \(threading.py:\d+\) < wait .* < lie_down \(test_hang.py:\d+\)"),
         ("hold_the_interpreter", 0, r"it is in hold_the_interpreter \(test_hang.py:\d+\) < forward"),
         ("stop_the_process", 3, "it does not run at all"),

@@ -37,10 +37,10 @@ class Machines:
     def end(self) -> list[str]:
         """What they said; they must have ended well."""
         try:
-            codes = [process.wait(200) for process in self.processes]
+            codes = [process.wait(120) for process in self.processes]
         finally:
             for process in self.processes:
-                process.kill()
+                process.terminate()
         texts = [path.read_text(encoding="utf-8") for path in self.logs]
         assert codes == [0, 0], "\n----\n".join(texts)
         return texts
@@ -54,15 +54,15 @@ def wait_for_steps(folder: Path, machines: Machines) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_two_machines_train_together(tmp_path: Path) -> None:
-    """A signal to the second stops both with a checkpoint; then both go on, and a lost process comes back."""
+    """A signal to the first stops both with a checkpoint; then both go on, and a lost process comes back."""
     words = ["--set", "training.max_epochs=10", "--set", "training.checkpoint_every_steps=1", "--stop-stage", "average"]
     machines = Machines(tmp_path, *words)
     wait_for_steps(tmp_path, machines)
-    machines.processes[1].send_signal(signal.SIGTERM)
+    machines.processes[0].send_signal(signal.SIGTERM)
     first, second = machines.end()
-    assert "stopped: a process was told to stop, saved in" in first
-    assert "SIGTERM: told the other machines to save and stop" in second
+    assert "stopped: SIGTERM, saved in" in first
     stopped = events(tmp_path)[-1]
     assert stopped["reason"] == "terminated" and stopped["step"] > 0
     assert [e for e in events(tmp_path) if e["kind"] == "start"][-1]["processes"] == 2

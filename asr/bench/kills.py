@@ -22,7 +22,7 @@ from asr.checkpoint import step_checkpoints
 from asr.config import load_experiment
 from asr.data.features import compute_features
 from asr.errors import UserError
-from asr.training.ranks import torchrun
+from asr.training.launch import torchrun
 
 WORDS = "ONE TWO THREE FOUR".split()
 RATE_HZ = 16_000
@@ -104,7 +104,7 @@ def start(args: argparse.Namespace, folder: Path, name: str) -> subprocess.Popen
     cuts = str(folder / "cuts.jsonl.gz")
     words = ["--device", "cpu", "--out-dir", str(folder / name), "--train-cuts", cuts, "--valid-cuts", cuts]
     words += [f"--set={setting}" for setting in (*SETTINGS, f"parallel.zero={args.zero}")]
-    command = torchrun(args.nproc, 3, *words)
+    command = torchrun(args.nproc, 3, "train", *words)
     with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 

@@ -38,6 +38,7 @@ from asr.training.precision import autocast, override_precision, resolve_precisi
 from asr.training.ranks import Ranks
 from asr.training.step import Progress, Stepper, seed_of
 from asr.training.validation import Validation, validate
+from asr.training.watchdog import Watchdog
 
 
 @dataclass
@@ -132,6 +133,7 @@ class Trainer:
         self.stepper = Stepper(
             experiment, self.parallel, self.ranks, self.device, self.precision, self.ema, total_s, pieces
         )
+        self.watchdog = Watchdog(self.ranks, experiment.parallel, self.out_dir / "hangs")
 
     def _checkpointing(self) -> list[str]:
         """Modes of the encoder's parts; of a budget, as the first process measures them on a full batch of cuts as long
@@ -187,6 +189,10 @@ class Trainer:
         self.ranks.from_first(write)
         return path
 
+    def _save_in_time(self) -> Path:
+        with self.watchdog.patience():
+            return self.save()
+
     def resume(self, path: Path) -> None:
         """Continues exactly after the step that ``path`` was written at.
 
@@ -221,17 +227,18 @@ class Trainer:
     def validate(self, metrics: MetricsWriter, stop: Termination) -> Validation:
         """Validates the averaged weights where there are any, and keeps them as best.pt when they are.
 
-        The first process does it, while the others wait.
+        Each process takes its share of the cuts.
 
         Raises:
             Terminated: SIGTERM came; nothing was recorded.
         """
         weights = self.parallel.weights() if self.ema is None else whole(self.ema.weights)
-        result: Validation = self.ranks.from_first(lambda: self._judge(weights, metrics, stop))
+        result = self._judge(weights, metrics, stop)
         progress = self.progress
         if result.rank < (progress.best_errors, progress.best_loss):
             progress.best_errors, progress.best_loss = result.rank
-            self.ranks.from_first(lambda: self._save_best(weights))
+            with self.watchdog.patience():
+                self.ranks.from_first(lambda: self._save_best(weights))
         return result
 
     def _judge(self, weights: dict[str, Tensor], metrics: MetricsWriter, stop: Termination) -> Validation:
@@ -243,9 +250,12 @@ class Trainer:
             self.data.tokenizer,
             self.experiment.data,
             max_duration_s=self.experiment.decoding.batch_duration_s,
+            rank=self.ranks.rank,
+            size=self.ranks.size,
         )
+        batches = self._together(loader, stop)
         result = self.stepper.computing.call(
-            partial(validate, model, stop.watch(loader), self.data.tokenizer, self.experiment, self.device)
+            partial(validate, model, batches, self.data.tokenizer, self.experiment, self.device, ranks=self.ranks)
         )
         progress = self.progress
         metrics.write(
@@ -263,6 +273,15 @@ class Trainer:
             f" [{result.errors} / {result.words}]"
         )
         return result
+
+    def _together(self, loader: BatchLoader, stop: Termination) -> Iterator[Batch]:
+        """The same batches, with a look for signals after each: a pass over many of them outlasts the grace of most
+        schedulers. A process whose share is used up looks on with the others."""
+        batches = iter(loader)
+        while self.ranks.any((batch := next(batches, None)) is not None):
+            if batch is not None:
+                yield batch
+            self._check(stop)
 
     def _save_best(self, weights: dict[str, Tensor]) -> None:
         payload = checkpoint.make_payload(
@@ -316,14 +335,15 @@ class Trainer:
         )
         saved = next(reversed(checkpoint.step_checkpoints(self.checkpoints)), None)
         reason, best = "failed", None
+        self.watchdog.start()
         try:
             while not self._finished():
                 self._epoch(bad, metrics, stop)
                 best = self._close_epoch(metrics, stop) or best
-                saved = self.save()
+                saved = self._save_in_time()
             reason = "finished"
         except Terminated:
-            saved = self.save()
+            saved = self._save_in_time()
             reason = "terminated"
             signal_name = "interrupted" if stop.interrupted else "SIGTERM"
             self.line.say(f"{signal_name}: saved {saved}; continue with --resume auto")
@@ -334,6 +354,7 @@ class Trainer:
                 raise
             raise explained from error
         finally:
+            self.watchdog.stop()
             metrics.write("end", step=self.progress.step, reason=reason, time_s=self.progress.time_s)
             metrics.close()
         return TrainResult(reason, self.progress.step, self.progress.epoch, saved, best)
@@ -416,7 +437,7 @@ class Trainer:
             if self._at_step_limit():
                 break
             if progress.step % self.config.checkpoint_every_steps == 0:
-                self.save()
+                self._save_in_time()
                 mark = time.monotonic()
         self._check(stop)
 

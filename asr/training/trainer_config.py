@@ -72,6 +72,9 @@ class ParallelConfig:
         gather: number format in which zero 2 and 3 send weights to each other for the forward and backward pass: "bf16"
             halves what is sent; shares, gradients and their sums stay float32. Needs training.precision bf16.
         timeout_s: seconds that a process waits for the others before it gives up.
+        hang_timeout_s: seconds without progress after which a process that the others wait for is named with its stack,
+            and all are ended; longer than any step, also the first, which compiles. Writing a checkpoint may take 0.9
+            timeout_s. 0 is off.
         tensor: processes that share each layer; only 1 exists.
         pipeline: processes that share the layers; only 1 exists.
         time: processes that share an utterance; only 1 exists.
@@ -81,6 +84,7 @@ class ParallelConfig:
     replicas: int = 1
     gather: Literal["fp32", "bf16"] = "fp32"
     timeout_s: float = 1800.0
+    hang_timeout_s: float = 600.0
     tensor: int = 1
     pipeline: int = 1
     time: int = 1
@@ -106,6 +110,12 @@ class ParallelConfig:
             )
         if not self.timeout_s > 0:
             raise ValueError(f"parallel.timeout_s={self.timeout_s} must be above 0")
+        if not 0 <= self.hang_timeout_s <= self.timeout_s:
+            nearest = 0 if self.hang_timeout_s < 0 else self.timeout_s
+            raise ValueError(
+                f"parallel.hang_timeout_s={self.hang_timeout_s} is outside [0, {self.timeout_s}], up to "
+                f"parallel.timeout_s; the nearest that does is {nearest} (0 is off)"
+            )
 
     def check(self, size: int) -> None:
         """Refuse what so many processes cannot do.

@@ -73,7 +73,7 @@ def test_validation_alone_decides(
     expected = expected_weights(train_dir)[wanted]
     seen: list[list[str]] = []
 
-    def scored(model: Any, batches: Any, *args: Any) -> Validation:
+    def scored(model: Any, batches: Any, *args: Any, **kwargs: Any) -> Validation:
         seen.append([cut_id for batch in batches for cut_id in batch.cut_ids])
         right = differences(model.state_dict(), expected) == []
         return Validation(5.0 if right else 1.0, 3 if right else 4, 10)

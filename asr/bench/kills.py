@@ -18,7 +18,7 @@ import soundfile
 import torch
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
-from asr.checkpoint import step_checkpoints
+from asr.checkpoint import read, step_checkpoints
 from asr.config import load_experiment
 from asr.data.features import compute_features
 from asr.errors import UserError
@@ -85,7 +85,7 @@ def one_trial(args: argparse.Namespace, folder: Path, trial: int, chance: random
         process.kill()
         code = None
     newest = (step_checkpoints(folder / run / "checkpoints")[-1:] for run in ("peace", name))
-    left, right = (torch.load(paths[0], weights_only=True)["model"] if paths else {} for paths in newest)
+    left, right = (read(paths[0])["model"] if paths else {} for paths in newest)
     equal = code == 0 and left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
     return {
         "trial": trial,

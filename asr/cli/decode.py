@@ -12,7 +12,7 @@ HELP = "Decode a cut manifest with a checkpoint, write the result files and prin
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from asr.decoding import SEARCHES
 
-    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint file, e.g. EXP/train/average.pt")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, e.g. EXP/train/average.pt")
     parser.add_argument("--cuts", type=Path, required=True, help="cut manifest, e.g. EXP/data/cuts_test.jsonl.gz")
     parser.add_argument("--search", choices=list(SEARCHES), help="the checkpoint's own if not given")
     parser.add_argument(

@@ -14,6 +14,7 @@ from asr.errors import UserError
 COMMANDS = {
     "train": "train a model from cut manifests and a configuration",
     "average": "average the weights of several checkpoints into one",
+    "checkpoint": "turn the checkpoint folder of several processes into one file",
     "decode": "decode a cut manifest with a checkpoint and score it",
     "transcribe": "print the text of audio files",
     "doctor": "show versions, devices and optional parts, and how to install what is missing",

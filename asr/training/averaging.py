@@ -12,7 +12,7 @@ import torch
 
 from asr import checkpoint
 from asr.data.loader import eval_loader
-from asr.errors import UserError
+from asr.errors import CheckpointError, UserError
 from asr.models.transducer import build_model
 from asr.training.ranks import Ranks
 from asr.training.trainer_config import AverageConfig
@@ -32,7 +32,7 @@ def _whole(train_dir: Path, say: Callable[[str], None]) -> Iterator[tuple[Path, 
     for path in reversed(checkpoint.step_checkpoints(train_dir / "checkpoints")):
         try:
             yield path, checkpoint.read(path)
-        except checkpoint.CheckpointError as err:
+        except CheckpointError as err:
             say(f"warning: {err}; left out of the average")
 
 
@@ -58,7 +58,7 @@ def _candidates(
     if config.best and best_path.is_file():
         try:
             best = checkpoint.read(best_path)
-        except checkpoint.CheckpointError as err:
+        except CheckpointError as err:
             say(f"warning: {err}; no candidate")
         else:
             yield "best", best

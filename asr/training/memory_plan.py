@@ -210,7 +210,7 @@ class _Probe:
             total += 2 * max(_bytes(part) for part in (*self._parts, self.model.predictor, self.model.joiner))
         if size > 1:  # a checkpoint is written from a copy
             total += self.weights * (weights + 2 * state + (weights if self.experiment.training.ema_decay > 0 else 0))
-        return max(row[0] for row in self.ranks.gather([total]))
+        return max(row[0] for row in self.ranks.rows([total]))
 
     def costs(self, mode: str, loss_limit: int | None, room: float) -> Costs:
         """Of pieces. What would take more room than there is is not tried, but judged by what the encoder saves."""
@@ -226,7 +226,7 @@ class _Probe:
                 if several * one <= room:
                     more = self._peak(several, loss)
         # all processes choose alike
-        rows = self.ranks.gather([one, more])
+        rows = self.ranks.rows([one, more])
         one, more = max(row[0] for row in rows), max(row[1] for row in rows)
         if more == math.inf:
             return Costs(0.0, one / frames)

@@ -33,7 +33,7 @@ class Ranks:
         """Whether this process writes files and speaks for all."""
         return self.rank == 0
 
-    def gather(self, values: Sequence[float]) -> list[list[float]]:
+    def rows(self, values: Sequence[float]) -> list[list[float]]:
         """The values of each process, as many on all, in float64; all of them must call it."""
         if self.size == 1:
             return [list(values)]

@@ -170,7 +170,7 @@ class Stepper:
 
     def _rounds(self, batches: list[Batch], real: int) -> tuple[list[_Round], int]:
         """What is computed one after the other, as much on each process, and the count that the loss is divided by."""
-        rows = self.ranks.gather([self.pieces.of(batch) for batch in batches])
+        rows = self.ranks.rows([self.pieces.of(batch) for batch in batches])
         rounds = []
         for number, batch in enumerate(batches):
             agreed = max(1, *(round(row[number]) for row in rows))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from asr import checkpoint
+from asr.checkpoint_folder import split
 from asr.config import Experiment, dump
 from asr.data.batch import Batch
 from asr.data.fbank import FRAME_SHIFT_MS
@@ -25,17 +26,18 @@ from asr.data.features import FeatureStats
 from asr.data.loader import BatchLoader, DataConfig, eval_loader, explain_dead_worker, train_loader
 from asr.data.tokenizer import Tokenizer
 from asr.environment import cpu
-from asr.errors import Terminated, UserError
+from asr.errors import CheckpointError, Terminated, UserError
 from asr.models.transducer import build_model, parameter_counts
 from asr.training.activations import checkpoint_activations, measure, within_budget
 from asr.training.faults import BadBatches, Termination
 from asr.training.memory import keep_freed_memory
 from asr.training.metrics import MetricsWriter, ProgressLine, clock
 from asr.training.optim import WeightAverage
-from asr.training.parallel import Parallel, shared_like, whole
+from asr.training.parallel import Parallel, fill, whole
 from asr.training.pieces import Pieces
 from asr.training.precision import autocast, override_precision, resolve_precision
 from asr.training.ranks import Ranks
+from asr.training.sharded_checkpoint import FolderSaver
 from asr.training.step import Progress, Stepper, seed_of
 from asr.training.validation import Validation, validate
 from asr.training.watchdog import Watchdog
@@ -124,6 +126,11 @@ class Trainer:
         # a CTC head without its loss has no gradient
         unused = self.model.ctc_head is not None and experiment.loss.ctc_weight == 0
         self.parallel = Parallel(self.model, experiment.parallel, experiment.optim, self.ranks, unused)
+        self.saver: FolderSaver | None = None
+        if self.ranks.size > 1:
+            self.saver = FolderSaver(
+                self.ranks, self.config.keep_last, experiment.parallel.timeout_s, lambda text: self.line.say(text)
+            )
         self.ema = WeightAverage(self.model, self.config.ema_decay) if self.config.ema_decay > 0 else None
         total_s = self.config.max_epochs * _epoch_seconds(data.train_cuts, experiment.data)
         if total_s <= 0:
@@ -168,30 +175,41 @@ class Trainer:
     def save(self) -> Path:
         """Writes the next step checkpoint, then removes old ones; a failure in between loses nothing.
 
-        The file is the same for any number of processes, and any number goes on from it.
+        One process writes a file. Several begin to write a folder together and go on; `FolderSaver` says what fails.
+        Any number goes on from either.
         """
-        path = self.checkpoints / checkpoint.step_name(self.progress.step)
-        weights, optimizer = self.parallel.weights(), self.parallel.optimizer_state()
-        ema = None if self.ema is None else whole(self.ema.weights)
-
-        def write() -> None:
-            payload = checkpoint.make_payload(
-                weights,
-                self.experiment,
-                self.data.tokenizer,
-                step=self.progress.step,
-                epoch=self.progress.epoch,
-                training={"optimizer": optimizer, "ema": ema, "progress": vars(self.progress)},
-            )
+        progress = self.progress
+        ema = None if self.ema is None else self.ema.weights
+        payload = checkpoint.make_payload(
+            self.model.state_dict(),
+            self.experiment,
+            self.data.tokenizer,
+            step=progress.step,
+            epoch=progress.epoch,
+            training={"optimizer": self.parallel.optimizer_state(), "ema": ema, "progress": dict(vars(progress))},
+        )
+        if self.saver is None:
+            path = self.checkpoints / checkpoint.step_name(progress.step)
             checkpoint.atomic_save(payload, path)
             checkpoint.prune(self.checkpoints, self.config.keep_last)
-
-        self.ranks.from_first(write)
+        else:
+            path = self.checkpoints / checkpoint.step_name(progress.step, "")
+            self.saver.save(payload, path)
         return path
 
     def _save_in_time(self) -> Path:
         with self.watchdog.patience():
             return self.save()
+
+    def _saved(self) -> None:
+        """Waits for the last checkpoint.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self.saver is not None:
+            with self.watchdog.patience():
+                self.saver.close()
 
     def resume(self, path: Path) -> None:
         """Continues exactly after the step that ``path`` was written at.
@@ -199,27 +217,25 @@ class Trainer:
         Raises:
             CheckpointError: unreadable, of another model or tokenizer, or without optimizer state.
         """
-        payload = checkpoint.read(path)
-        if "training" not in payload:
-            raise checkpoint.CheckpointError(f"{path} holds weights only; resume from a file in checkpoints/")
-        checkpoint.check_weights(self.model, payload["model"], f"checkpoint {path}")
-        self.parallel.load_weights(payload["model"])
-        if checkpoint.tokenizer_of(payload).to_state() != self.data.tokenizer.to_state():
-            raise checkpoint.CheckpointError(
+        if path.is_dir():
+            self.ranks.from_first(lambda: checkpoint.verify(path))
+        found = checkpoint.outline(path)
+        if "training" not in found:
+            raise CheckpointError(f"{path} holds weights only; resume from a checkpoint in checkpoints/")
+        checkpoint.check_weights(self.model, found["model"], f"checkpoint {path}")
+        if checkpoint.tokenizer_of(found).to_state() != self.data.tokenizer.to_state():
+            raise CheckpointError(
                 f"checkpoint {path} was trained with another tokenizer of the same size; pass that one"
             )
-        variable = ("params", "lr")
-        settings = [
-            {k: v for k, v in group.items() if k not in variable} for group in self.parallel.optimizer.param_groups
-        ]
-        self.parallel.load_optimizer_state(payload["training"]["optimizer"])
-        for group, own in zip(self.parallel.optimizer.param_groups, settings, strict=True):
-            group.update(own)  # the configuration decides, not what it was when the checkpoint was written
-        if self.ema is not None:
-            ema = payload["training"]["ema"]
-            ema = payload["model"] if ema is None else ema  # turned on later: starts from these weights
-            self.ema.load(shared_like(ema, self.ema.weights))
-        self.stepper.progress = Progress(**payload["training"]["progress"])
+        state: dict[str, Any] = {"optimizer": self.parallel.new_optimizer_state(found["training"]["optimizer"])}
+        averaged = found["training"]["ema"] is not None
+        if self.ema is not None and averaged:
+            state["ema"] = self.ema.weights
+        _, tensors = split({"model": self.model.state_dict(), "training": state})
+        fill(tensors, path, found)
+        if self.ema is not None and not averaged:  # turned on later: starts from these weights
+            self.ema.load(self.model.state_dict())
+        self.stepper.progress = Progress(**found["training"]["progress"])
         self.line.say(f"resumed from {path}: epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1}")
 
     # -- validation ---------------------------------------------------------------------------------------------------
@@ -341,9 +357,11 @@ class Trainer:
                 self._epoch(bad, metrics, stop)
                 best = self._close_epoch(metrics, stop) or best
                 saved = self._save_in_time()
+            self._saved()
             reason = "finished"
         except Terminated:
             saved = self._save_in_time()
+            self._saved()
             reason = "terminated"
             signal_name = "interrupted" if stop.interrupted else "SIGTERM"
             self.line.say(f"{signal_name}: saved {saved}; continue with --resume auto")
@@ -357,6 +375,8 @@ class Trainer:
             self.watchdog.stop()
             metrics.write("end", step=self.progress.step, reason=reason, time_s=self.progress.time_s)
             metrics.close()
+            if self.saver is not None:
+                self.saver.wait()  # also where the run failed: processes that end would leave it half-written
         return TrainResult(reason, self.progress.step, self.progress.epoch, saved, best)
 
     def _begin(self) -> MetricsWriter:
@@ -434,6 +454,8 @@ class Trainer:
                 f" lr {record['lr']:.1e} norm {record['grad_norm']:.2f} {speed:.0f} audio s/s ETA {clock(left_s)}"
             )
             self._check(stop)
+            if self.saver is not None:
+                self.saver.poll()
             if self._at_step_limit():
                 break
             if progress.step % self.config.checkpoint_every_steps == 0:
@@ -467,7 +489,7 @@ def find_resume(resume: str, out_dir: Path, say: Any = print) -> Path | None:
         folder = Path(out_dir) / "checkpoints"
         newest = checkpoint.newest_good(folder, say)
         if newest is None and checkpoint.step_checkpoints(folder):
-            raise checkpoint.CheckpointError(f"all checkpoints in {folder} are damaged; --resume none starts anew")
+            raise CheckpointError(f"all checkpoints in {folder} are damaged; --resume none starts anew")
         return newest
     return Path(resume)
 

@@ -8,11 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from asr.checkpoint import step_checkpoints
-from asr.training.parallel import whole
-from asr.training.ranks import Ranks
 from losses import LOSSES
-from tests.asr.training.runs import differences, experiment, make_trainer, newest, read_data, records
+from tests.asr.training.runs import newest, records
 from tests.distributed.processes import runs, sgd_steps, together
 
 STEPS = 3
@@ -105,27 +102,3 @@ def test_a_run_goes_on_with_another_number_of_processes(data: Path, tmp_path: Pa
         for one, many in zip(records(tmp_path / "whole", "train"), records(tmp_path / name, "train"), strict=True):
             assert many["batch_seconds"] == pytest.approx(one["batch_seconds"]) and many["batch"] == one["batch"]
             assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
-
-
-def test_a_checkpoint_is_the_same_on_any_number_of_processes(data: Path, tmp_path: Path) -> None:
-    """4 processes, 2, 1: each only reads and writes again, at a step limit that lies behind; nothing changes."""
-    settings = [*COMMON, "training.max_steps=2", "training.max_epochs=1"]
-    together(1, runs, {"run": settings}, data, tmp_path)
-    path = step_checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    want = newest(tmp_path / "run")
-    for size, zero in ((4, 3), (2, 1), (2, 2), (1, 0)):
-        together(size, _rewrite, path, tmp_path / "again.pt", data, [*settings, f"parallel.zero={zero}"])
-        again = torch.load(tmp_path / "again.pt", weights_only=True)
-        assert differences(want["model"], again["model"]) == []
-        assert differences(want["training"]["optimizer"]["state"], again["optimizer"]["state"]) == []
-        assert differences(want["training"]["ema"], again["ema"]) == []
-
-
-def _rewrite(ranks: Ranks, path: Path, to: Path, data: Path, settings: list[str]) -> None:
-    trainer = make_trainer(experiment(*settings), read_data(data), to.parent / "rewritten", ranks)
-    trainer.resume(path)
-    weights, optimizer = trainer.parallel.weights(), trainer.parallel.optimizer_state()
-    assert trainer.ema is not None
-    ema = whole(trainer.ema.weights)
-    if ranks.first:
-        torch.save({"model": weights, "optimizer": optimizer, "ema": ema}, to)

@@ -74,17 +74,14 @@ def peak_bytes() -> int | None:
 
 
 def used_bytes(device: torch.device) -> int:
-    """Resident memory of this process on CPU, of its tensors on CUDA.
+    """Resident memory of this process on CPU, without the pages of files; of its tensors on CUDA.
 
     Raises:
         UserError: this system does not say.
     """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    used = _status("VmRSS")
-    if used is None:
-        raise UserError("this system does not tell how much memory a process has; memory.limit needs Linux, or CUDA")
-    return used
+    return _asked("RssAnon") + _asked("RssShmem")
 
 
 def peak_bytes_of(device: torch.device, function: Callable[[], Any]) -> int:
@@ -93,14 +90,22 @@ def peak_bytes_of(device: torch.device, function: Callable[[], Any]) -> int:
     Raises:
         UserError: this system does not say.
     """
-    before = used_bytes(device)
     if device.type == "cuda":
+        before = used_bytes(device)
         torch.cuda.reset_peak_memory_stats(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+    before = _asked("VmRSS")
     function()
-    return max(0, (_status("VmHWM") or 0) - before)
+    return max(0, _asked("VmHWM") - before)
+
+
+def _asked(name: str) -> int:
+    size = _status(name)
+    if size is None:
+        raise UserError("this system does not tell how much memory a process has; memory.limit needs Linux, or CUDA")
+    return size
 
 
 def _status(name: str) -> int | None:

@@ -1,15 +1,16 @@
-"""`memory.limit`: before training starts, the choice of what keeps it within a limit, by trying on the model itself.
+"""`memory`: before training starts, the choice of what keeps it within a limit, by trying on the model itself.
 
-What counts is the resident memory of the process on CPU, the memory allocated by torch on CUDA. A step takes a part that
-is always there (weights, gradients, optimizer state, moving average) and one that grows with the piece of a batch that
-is computed at a time; the latter is measured, for the longest utterance and for several of it.
+What counts of `memory.limit` is the resident memory of the process on CPU, without the pages of files, which the system
+takes back when it needs room; on CUDA the memory allocated by torch. A step takes a part that is always there (weights,
+gradients, optimizer state, moving average) and one that grows with the piece of a batch that is computed at a time; the
+latter is measured, for the longest utterance and for several of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,13 +20,13 @@ import torch
 from asr.config import Experiment
 from asr.data.audio import SAMPLE_RATE_HZ
 from asr.data.batch import Batch
-from asr.data.fbank import num_feature_frames
+from asr.data.fbank import FRAME_SHIFT_MS, num_feature_frames
 from asr.data.loader import DataConfig
 from asr.data.tokenizer import Tokenizer
 from asr.errors import UserError
 from asr.models.transducer import LossConfig, Transducer
-from asr.training.activations import MODES, checkpoint_activations, measure, total_bytes
-from asr.training.memory import peak_bytes_of, return_freed_memory, used_bytes
+from asr.training.activations import MODES, checkpoint_activations, measure, total_bytes, within_budget
+from asr.training.memory import keep_freed_memory, peak_bytes_of, return_freed_memory, used_bytes
 from asr.training.pieces import free_memory, is_out_of_memory
 from asr.training.precision import autocast
 from asr.training.ranks import Ranks
@@ -33,6 +34,7 @@ from losses.memory import parse_limit, text_of
 
 MARGIN = 0.05  # of the limit: what allocators leave free between blocks, batches that wait to be computed
 LOSS_SHARE = 0.25  # of what a piece may take, for the loss where it is held to a limit of its own
+FRAMES_PER_S = 1000 / FRAME_SHIFT_MS
 PROBE_FRAMES = 4000  # of the second measurement: enough that it stands out
 
 
@@ -50,62 +52,94 @@ class Costs:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What was chosen.
+    """How a run keeps to its settings of memory.
 
     Args:
-        checkpointing: mode of all parts of the encoder.
+        modes: of checkpointing, of each part of the encoder.
         offload: where the optimizer's state is.
-        loss_limit: of the loss, bytes; None is none.
-        costs: of a piece of a batch.
-        piece_limit: most that they may come to.
-        text: what was chosen, and why.
+        loss: the objective, with its own limit.
+        pieces: what a piece of a batch costs, and the most that it may; None without a limit.
+        decoding_s: most audio in a batch of validation.
     """
 
-    checkpointing: str
+    modes: list[str]
     offload: str
-    loss_limit: int | None
-    costs: Costs
-    piece_limit: float
-    text: str
-
-    def most_seconds(self) -> float:
-        """Audio in a piece, feature frames being 10 ms."""
-        return (self.piece_limit - self.costs.fixed) / self.costs.per_frame / 100
-
-    def loss(self, config: LossConfig) -> LossConfig:
-        """The loss with its own limit."""
-        return config if self.loss_limit is None else replace(config, memory_limit=text_of(self.loss_limit))
+    loss: LossConfig
+    pieces: tuple[Costs, float] | None
+    decoding_s: float
 
 
 def plan_memory(
     experiment: Experiment,
     model: Transducer,
-    longest: tuple[int, int],
+    cuts: Any,
+    tokenizer: Tokenizer,
     ranks: Ranks,
     device: torch.device,
     precision: str,
+    say: Callable[[str], None],
 ) -> MemoryPlan:
-    """The choice that takes the least time and keeps to ``experiment.memory.limit``.
-
-    In this order, since each costs more time than the one before: batches in pieces, down to one utterance; the loss's
-    own limit; checkpointing; the optimizer's state in a file. All processes choose by the most that one of them needs.
+    """What the configuration says, or what it leaves to be chosen here; the latter is said.
 
     Args:
         experiment: its configuration.
         model: on its device, whole and not yet wrapped; left without gradients.
-        longest: feature frames and tokens of the longest utterance.
+        cuts: of training.
+        tokenizer: of their texts.
         ranks: the processes; all of them must call this.
         device: where the model is.
         precision: of products, resolved.
+        say: prints a line.
 
     Raises:
-        UserError: nothing keeps to the limit; names the smallest that can be kept to. Or memory cannot be measured.
+        UserError: nothing keeps to the budget or the limit; names the smallest that can be kept to.
     """
-    assert experiment.memory.limit is not None
+    memory, parts = experiment.memory, 1 + len(model.encoder.blocks)
+    if device.type == "cpu" and memory.limit is None:
+        keep_freed_memory()
+    if memory.limit is not None:
+        longest = longest_utterance(cuts, tokenizer, experiment.data)
+        plan, text = _within_limit(_Probe(experiment, model, longest, ranks, device, precision))
+        model.zero_grad(set_to_none=True)
+        free_memory()
+        say(text)
+        return plan
+    modes: list[str] = [memory.checkpointing] * parts
+    if memory.checkpointing == "budget":
+        modes, text = _within_budget(experiment, model, cuts, ranks, partial(autocast, precision, device))
+        say(text)
+    return MemoryPlan(modes, memory.offload, experiment.loss, None, experiment.decoding.batch_duration_s)
+
+
+def _within_budget(
+    experiment: Experiment,
+    model: Transducer,
+    cuts: Any,
+    ranks: Ranks,
+    context: Callable[[], AbstractContextManager[Any]],
+) -> tuple[list[str], str]:
+    """Modes as the first process measures them on a full batch of cuts as long as the longest."""
+    most_s = experiment.data.max_duration_s
+    longest_s = min(most_s, max((cut.duration for cut in cuts), default=most_s))
+    size, frames = int(most_s // longest_s), max(7, round(1000 * longest_s / FRAME_SHIFT_MS))
+    chosen: tuple[list[str], str] = ranks.from_first(
+        lambda: within_budget(
+            measure(model.encoder, size, frames, context),
+            len(model.encoder.blocks),
+            experiment.memory.activation_budget,
+        )
+    )
+    return chosen
+
+
+def _within_limit(probe: _Probe) -> tuple[MemoryPlan, str]:
+    """The choice that takes the least time and keeps to ``memory.limit``, and a line about it.
+
+    In this order, since each costs more time than the one before: batches in pieces, down to one utterance; the loss's
+    own limit; checkpointing; the optimizer's state in a file. All processes choose by the most that one of them needs.
+    """
+    experiment, frames = probe.experiment, probe.longest[0]
     limit = parse_limit(experiment.memory.limit)
-    if device.type == "cpu":
-        return_freed_memory()  # else what one attempt has left is not counted in the next
-    probe = _Probe(experiment, model, longest, ranks, device, precision)
     least = math.inf
     modes = MODES[MODES.index(_given(experiment)) :]
     for offload in dict.fromkeys((experiment.memory.offload, "file" if experiment.parallel.zero != 1 else "none")):
@@ -117,14 +151,19 @@ def plan_memory(
                 if room <= 0 and (mode != modes[-1] or bound is not None):
                     continue  # of the last mode the need is told
                 costs = probe.costs(mode, bound, room)
-                need = costs.cost(1, longest[0])
+                need = costs.cost(1, frames)
                 least = min(least, (static + need) / (1 - MARGIN))
                 if need <= room:
-                    return _plan(experiment, limit, static, mode, offload, bound, costs, room, longest)
+                    loss = experiment.loss
+                    if bound is not None:
+                        loss = replace(loss, memory_limit=text_of(bound))
+                    most_s = min(experiment.decoding.batch_duration_s, room / costs.per_frame / FRAMES_PER_S)
+                    plan = MemoryPlan([mode] * len(probe.parts), offload, loss, (costs, room), most_s)
+                    return plan, _said(experiment, plan, static, frames)
     raise UserError(
         f"memory.limit={experiment.memory.limit} does not hold this training: the smallest limit that holds the longest"
-        f" utterance, {longest[0] / 100:.1f} s, with everything computed again and the optimizer's state in a file, is"
-        f" {text_of(math.ceil(1.02 * least))}"
+        f" utterance, {frames / FRAMES_PER_S:.1f} s, with everything computed again and the optimizer's state in a"
+        f" file, is {text_of(1.02 * least)}"
     )
 
 
@@ -133,31 +172,20 @@ def _given(experiment: Experiment) -> str:
     return mode if mode in MODES else "none"
 
 
-def _plan(
-    experiment: Experiment,
-    limit: int,
-    static: float,
-    mode: str,
-    offload: str,
-    loss_limit: int | None,
-    costs: Costs,
-    room: float,
-    longest: tuple[int, int],
-) -> MemoryPlan:
-    frames = longest[0]
-    most = max(1, int(experiment.data.max_duration_s * 100 // frames))  # utterances of a batch of the longest
-    whole, alone = costs.cost(most, frames), costs.cost(1, frames)
+def _said(experiment: Experiment, plan: MemoryPlan, static: float, frames: int) -> str:
+    assert plan.pieces is not None
+    (costs, room), memory = plan.pieces, experiment.memory
+    most = max(1, int(experiment.data.max_duration_s * FRAMES_PER_S // frames))  # of the longest, in a batch
     pieces = next((n for n in range(1, most) if costs.cost(-(-most // n), frames) <= room), most)
     parts = [f"batches in up to {pieces} pieces" if pieces > 1 else "whole batches"]
-    parts += [f"checkpointing {mode}"] if mode != _given(experiment) else []
-    parts += [f"the loss within {text_of(loss_limit)}"] if loss_limit is not None else []
-    parts += ["the optimizer's state in a file"] if offload != experiment.memory.offload else []
-    text = (
-        f"memory.limit={text_of(limit)}: {', '.join(parts)}; {text_of(static)} are always there, of the"
-        f" {text_of(max(room, 0))} left a batch of {experiment.data.max_duration_s:g} s would take {text_of(whole)}, its"
-        f" longest utterance alone {text_of(alone)}"
+    parts += [f"checkpointing {plan.modes[0]}"] if plan.modes[0] != _given(experiment) else []
+    parts += [f"the loss within {plan.loss.memory_limit}"] if plan.loss != experiment.loss else []
+    parts += [f"optimizer state: {plan.offload}"] if plan.offload != memory.offload else []
+    return (
+        f"memory.limit={memory.limit}: {', '.join(parts)}; {text_of(static)} are always there; of the {text_of(room)}"
+        f" left a batch of {experiment.data.max_duration_s:g} s would take {text_of(costs.cost(most, frames))}, its"
+        f" longest utterance alone {text_of(costs.cost(1, frames))}"
     )
-    return MemoryPlan(mode, offload, loss_limit, costs, room, text)
 
 
 class _Probe:
@@ -174,10 +202,12 @@ class _Probe:
     ):
         self.experiment, self.model, self.longest = experiment, model, longest
         self.ranks, self.device, self.precision = ranks, device, precision
-        self._parts = [model.encoder.subsampling, *model.encoder.blocks]
+        if device.type == "cpu":
+            return_freed_memory()  # else what one attempt has left is not counted in the next
+        self.parts = [model.encoder.subsampling, *model.encoder.blocks]
         model.train()
         saved = measure(model.encoder, 1, longest[0], partial(autocast, precision, device))
-        self._saved = {mode: total_bytes(saved, [mode] * len(self._parts)) for mode in MODES}
+        self._saved = {mode: total_bytes(saved, [mode] * len(self.parts)) for mode in MODES}
         with self._mode("full"):
             self._run(_batch(1, longest, model, device), experiment.loss)  # compiles, and makes gradients
             free_memory()
@@ -187,8 +217,8 @@ class _Probe:
 
     @contextmanager
     def _mode(self, mode: str) -> Iterator[None]:
-        stem, *blocks = self._parts
-        checkpoint_activations(self.model.encoder, [mode] * len(self._parts))
+        stem, *blocks = self.parts
+        checkpoint_activations(self.model.encoder, [mode] * len(self.parts))
         try:
             yield
         finally:
@@ -207,7 +237,7 @@ class _Probe:
         if offload == "none":
             total += 2 * self.weights * state
         if weights < 1:  # gathered: the largest unit that is, and the one after it
-            total += 2 * max(_bytes(part) for part in (*self._parts, self.model.predictor, self.model.joiner))
+            total += 2 * max(_bytes(part) for part in (*self.parts, self.model.predictor, self.model.joiner))
         if size > 1:  # a checkpoint is written from a copy
             total += self.weights * (weights + 2 * state + (weights if self.experiment.training.ema_decay > 0 else 0))
         return max(row[0] for row in self.ranks.rows([total]))

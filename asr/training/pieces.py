@@ -14,6 +14,7 @@ import torch
 
 from asr.data.batch import Batch
 from asr.training.memory import return_freed_memory
+from losses.memory import MemoryLimitError
 
 # what torch's allocator on CPU says, and oneDNN
 NOT_COMPILED = "could not create a primitive"
@@ -23,8 +24,8 @@ LOWERED = 0.8  # of the piece that did not fit
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory could not be had, on any device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    """Whether memory could not be had, on any device, or not within the loss's own limit."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | MemoryLimitError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in WITHOUT_MEMORY)
 

@@ -21,21 +21,20 @@ from asr import checkpoint
 from asr.checkpoint_folder import split
 from asr.config import Experiment, dump
 from asr.data.batch import Batch
-from asr.data.fbank import FRAME_SHIFT_MS
 from asr.data.features import FeatureStats
 from asr.data.loader import BatchLoader, DataConfig, eval_loader, explain_dead_worker, train_loader
 from asr.data.tokenizer import Tokenizer
 from asr.environment import cpu
 from asr.errors import CheckpointError, Terminated, UserError
 from asr.models.transducer import build_model, parameter_counts
-from asr.training.activations import checkpoint_activations, measure, within_budget
+from asr.training.activations import checkpoint_activations
 from asr.training.faults import BadBatches, Termination
-from asr.training.memory import keep_freed_memory
+from asr.training.memory_plan import plan_memory
 from asr.training.metrics import MetricsWriter, ProgressLine, clock
 from asr.training.optim import WeightAverage
 from asr.training.parallel import Parallel, fill, whole
 from asr.training.pieces import Pieces
-from asr.training.precision import autocast, override_precision, resolve_precision
+from asr.training.precision import override_precision, resolve_precision
 from asr.training.ranks import Ranks
 from asr.training.sharded_checkpoint import FolderSaver
 from asr.training.step import Progress, Stepper, seed_of
@@ -101,8 +100,6 @@ class Trainer:
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"--device {device}: this machine has no usable CUDA device; use --device cpu")
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self.command = command or shlex.join(sys.argv)
         self.precision = resolve_precision(self.config.precision, self.device)
         if experiment.parallel.gather != "fp32" and experiment.parallel.gather != self.precision:
@@ -121,7 +118,18 @@ class Trainer:
             None if stats is None else torch.as_tensor(stats.mean),
             None if stats is None else torch.as_tensor(stats.scale),
         ).to(self.device)
-        checkpoint_activations(self.model.encoder, self._checkpointing())
+        memory = plan_memory(
+            experiment,
+            self.model,
+            data.train_cuts,
+            data.tokenizer,
+            self.ranks,
+            self.device,
+            self.precision,
+            self.line.say,
+        )
+        self._decoding_s = memory.decoding_s
+        checkpoint_activations(self.model.encoder, memory.modes)
         override_precision(self.model, self.config.precision_overrides, self.device)
         # a CTC head without its loss has no gradient
         unused = self.model.ctc_head is not None and experiment.loss.ctc_weight == 0
@@ -137,29 +145,20 @@ class Trainer:
             raise UserError("the training cuts are empty; run prepare and features, and look at bad_rows.txt")
         suffix = f"-rank{self.ranks.rank}" if self.ranks.size > 1 else ""
         pieces = Pieces(self.out_dir / "memory", experiment.memory.lower_after, suffix=suffix)
+        if memory.pieces is not None:
+            costs, limit = memory.pieces
+            pieces = Pieces(self.out_dir / "memory", experiment.memory.lower_after, costs.cost, limit, suffix)
         self.stepper = Stepper(
-            experiment, self.parallel, self.ranks, self.device, self.precision, self.ema, total_s, pieces
+            replace(experiment, loss=memory.loss),
+            self.parallel,
+            self.ranks,
+            self.device,
+            self.precision,
+            self.ema,
+            total_s,
+            pieces,
         )
         self.watchdog = Watchdog(self.ranks, experiment.parallel, self.out_dir / "hangs")
-
-    def _checkpointing(self) -> list[str]:
-        """Modes of the encoder's parts; of a budget, as the first process measures them on a full batch of cuts as long
-        as the longest."""
-        memory, blocks = self.experiment.memory, len(self.model.encoder.blocks)
-        if memory.checkpointing != "budget":
-            return [memory.checkpointing] * (1 + blocks)
-        most_s = self.experiment.data.max_duration_s
-        longest_s = min(most_s, max((cut.duration for cut in self.data.train_cuts), default=most_s))
-        size, frames = int(most_s // longest_s), max(7, round(1000 * longest_s / FRAME_SHIFT_MS))
-        modes, why = self.ranks.from_first(
-            lambda: within_budget(
-                measure(self.model.encoder, size, frames, partial(autocast, self.precision, self.device)),
-                blocks,
-                memory.activation_budget,
-            )
-        )
-        self.line.say(why)
-        return modes
 
     @property
     def progress(self) -> Progress:
@@ -265,7 +264,7 @@ class Trainer:
             self.data.valid_cuts,
             self.data.tokenizer,
             self.experiment.data,
-            max_duration_s=self.experiment.decoding.batch_duration_s,
+            max_duration_s=self._decoding_s,
             rank=self.ranks.rank,
             size=self.ranks.size,
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from asr.errors import UserError
+from losses.memory import parse_limit
 
 
 @dataclass
@@ -136,6 +137,9 @@ class MemoryConfig:
     """What a step keeps in memory, and what it computes again instead.
 
     Args:
+        limit: memory of each process, such as "8GiB": on CPU what is resident, without the pages of files; on CUDA what
+            torch allocates. Before training starts, batches in pieces, the loss's own limit, checkpointing and offload
+            are tried on the longest utterance, and what takes the least time within the limit is chosen; null is none.
         checkpointing: of the encoder (Chen et al. 2016): "none" keeps all; "selective" keeps the results of matrix
             products, convolutions and attention, and computes norms, activations and dropout again; "full" keeps what
             enters each block, and computes the rest again, block by block; "budget" gives each block one of these.
@@ -146,6 +150,7 @@ class MemoryConfig:
             pieces than it did hold are not tried any more.
     """
 
+    limit: str | None = None
     checkpointing: Literal["none", "selective", "full", "budget"] = "none"
     activation_budget: float = 0.5
     lower_after: int = 3
@@ -153,6 +158,11 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if not 0 < self.activation_budget <= 1:
             raise ValueError(f"memory.activation_budget={self.activation_budget} is outside (0, 1]; 1 keeps all")
+        if self.limit is not None:
+            try:
+                parse_limit(self.limit)
+            except ValueError as error:
+                raise ValueError(f"memory.limit: {str(error).removeprefix('memory_limit=')}") from None
         if self.lower_after < 1:
             raise ValueError(f"memory.lower_after={self.lower_after} must be at least 1")
 

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from asr.cli.guard import Parser, end_of_process, guarded, nearest
 from asr.errors import UserError
 
-BENCHMARKS = {"kills": "kill a worker at a random moment, again and again: does the run end as if nothing had been?"}
+BENCHMARKS = {
+    "kills": "kill a worker at a random moment, again and again: does the run end as if nothing had been?",
+    "parallel": "training on several processes, and within a limit of memory: equality, memory, speed",
+}
 
 
-def _run(argv: Sequence[str]) -> int:
+def _run(prog: str, package: str, choices: Mapping[str, str], argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        lines = [f"  {name:<10}{text}" for name, text in BENCHMARKS.items()]
-        print("\n".join(["usage: python -m asr.bench NAME [options]", "", *lines]))
+        lines = [f"  {name:<14}{text}" for name, text in choices.items()]
+        print("\n".join([f"usage: {prog} NAME [options]", "", *lines]))
         return 0
-    if argv[0] not in BENCHMARKS:
-        raise UserError(f"unknown benchmark {argv[0]}{nearest(argv[0], BENCHMARKS)}; valid: {', '.join(BENCHMARKS)}")
-    module = importlib.import_module(f"asr.bench.{argv[0]}")
-    parser = Parser(prog=f"python -m asr.bench {argv[0]}", description=module.__doc__)
+    name = argv[0]
+    if name not in choices:
+        raise UserError(f"unknown benchmark {name}{nearest(name, choices)}; valid: {', '.join(choices)}")
+    module = importlib.import_module(f"{package}.{name}")
+    prog = f"{prog} {name}"
+    if hasattr(module, "MEASUREMENTS"):
+        return _run(prog, module.__name__, module.MEASUREMENTS, argv[1:])
+    parser = Parser(prog=prog, description=module.__doc__)
     module.add_arguments(parser)
     return int(module.run(parser.parse_args(list(argv[1:]))))
 
 
 if __name__ == "__main__":
-    sys.exit(end_of_process(guarded(lambda: _run(sys.argv[1:]))))
+    sys.exit(end_of_process(guarded(lambda: _run("python -m asr.bench", "asr.bench", BENCHMARKS, sys.argv[1:]))))

@@ -13,19 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import soundfile
 import torch
-from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
+from asr.bench.processes import write_data
 from asr.checkpoint import read, step_checkpoints
-from asr.config import load_experiment
-from asr.data.features import compute_features
 from asr.errors import UserError
 from asr.training.launch import torchrun
 
-WORDS = "ONE TWO THREE FOUR".split()
-RATE_HZ = 16_000
 SETTINGS = [
     "tokenizer.kind=word",
     "model.preset=xs",
@@ -51,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_data(folder)
+        write_data(folder, [0.8 + 0.05 * (7 * n % 20) for n in range(20)], SETTINGS)
         begin = time.monotonic()
         if start(args, folder, "peace").wait(WAIT_S):
             raise UserError(f"the run in peace failed: {(folder / 'peace.log').read_text(encoding='utf-8')[-2000:]}")
@@ -116,21 +110,3 @@ def children(pid: int) -> list[int]:
         return [int(x) for x in found if b"asr.cli.train" in Path(f"/proc/{x}/cmdline").read_bytes()]
     except OSError:  # one of them is gone
         return []
-
-
-def write_data(folder: Path) -> None:
-    """Twenty cuts of noise with a few words each, and their features."""
-    generator = np.random.default_rng(0)
-    cuts = []
-    for number in range(20):
-        seconds = 0.8 + 0.05 * (7 * number % 20)
-        path = folder / f"{number:02d}.wav"
-        soundfile.write(path, 0.1 * generator.standard_normal(int(seconds * RATE_HZ)), RATE_HZ)
-        recording = Recording.from_file(path)
-        text = " ".join(generator.choice(WORDS, 2))
-        supervision = SupervisionSegment(path.stem, recording.id, 0.0, recording.duration, text=text)
-        cuts.append(MonoCut(path.stem, 0.0, recording.duration, 0, recording=recording, supervisions=[supervision]))
-    config = load_experiment(None, SETTINGS).data
-    compute_features(CutSet.from_cuts(cuts), folder / "features", config.features, None, 0).to_file(
-        folder / "cuts.jsonl.gz"
-    )

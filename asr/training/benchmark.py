@@ -30,6 +30,7 @@ from asr.models.presets import PRESETS
 from asr.models.transducer import parameter_counts
 from asr.training.faults import BadBatches
 from asr.training.memory import peak_bytes
+from asr.training.ranks import Ranks
 from asr.training.trainer import TrainData, Trainer
 from losses import LOSSES
 
@@ -117,12 +118,21 @@ def random_batch(audio_s: float, utterance_s: float, tokens_per_s: float, vocab_
     return Batch(features, feature_lens, targets, target_lens, names, [""] * size, durations_s.tolist())
 
 
-def make_trainer(preset: str, precision: str, vocab_size: int, out_dir: Path, overrides: Sequence[str] = ()) -> Trainer:
+def make_trainer(
+    preset: str,
+    precision: str,
+    vocab_size: int,
+    out_dir: Path,
+    overrides: Sequence[str] = (),
+    device: str = "cpu",
+    ranks: Ranks | None = None,
+) -> Trainer:
     """A trainer with random weights; out_dir stays empty but for the folder of its checkpoints."""
     settings = [f"model.preset={preset}", f"training.precision={precision}", *overrides]
     tokenizer = Tokenizer("word", [BLANK, *(f"token{i}" for i in range(1, vocab_size))])
     cuts = [SimpleNamespace(duration=1e6)]
-    return Trainer(load_experiment(overrides=settings), TrainData(cuts, cuts, tokenizer), out_dir, "cpu")
+    data = TrainData(cuts, cuts, tokenizer)
+    return Trainer(load_experiment(overrides=settings), data, out_dir, device, ranks=ranks)
 
 
 def measure(trainer: Trainer, batch: Batch, steps: int, warmup: int = 3) -> Timing:

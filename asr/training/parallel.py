@@ -68,12 +68,12 @@ class Parallel:
         """Each encoder block, the predictor, the joiner and what is left are gathered on their own, when they run."""
         mesh = _mesh(next(model.parameters()).device.type, self.ranks.size, self.config.replicas)
         gather_again = self.config.zero == 3
-        sent = torch.bfloat16 if self.config.gather == "bf16" else None
-        # what enters a module stays as it is: log-mel energies lose too much, and products are under autocast anyway
-        policy = MixedPrecisionPolicy(sent, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for unit in (*model.encoder.blocks, model.predictor, model.joiner):
+        for unit in (*model.encoder.blocks, model.predictor, model.joiner, model):
+            # elsewhere, rounded biases move the loss of all cells at once; and what enters a module stays as it is,
+            # since log-mel energies lose too much, and products are under autocast anyway
+            sent = torch.bfloat16 if self.config.gather == "bf16" and unit in model.encoder.blocks else None
+            policy = MixedPrecisionPolicy(sent, reduce_dtype=torch.float32, cast_forward_inputs=False)
             fully_shard(unit, mesh=mesh, reshard_after_forward=gather_again, mp_policy=policy)
-        fully_shard(model, mesh=mesh, reshard_after_forward=gather_again, mp_policy=policy)
 
     def no_sync(self) -> contextlib.AbstractContextManager[object]:
         """Within, whole gradients are added up without a word to other processes; shares always are brought together,

@@ -37,10 +37,9 @@ class Ranks:
         """The values of each process, as many on all, in float64; all of them must call it."""
         if self.size == 1:
             return [list(values)]
-        everyone = torch.empty(self.size * len(values), dtype=torch.float64)
-        dist.all_gather_into_tensor(everyone, torch.tensor(values, dtype=torch.float64))
-        rows: list[list[float]] = everyone.view(self.size, -1).tolist()
-        return rows
+        rows = list(torch.empty(self.size, len(values), dtype=torch.float64))
+        dist.all_gather(rows, torch.tensor(values, dtype=torch.float64))
+        return [row.tolist() for row in rows]
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over all processes, in float64; all of them must call it."""

@@ -306,7 +306,7 @@ class Trainer:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def _steps_of_epoch(self) -> Iterator[tuple[list[Batch], int]]:
+    def batches_of_epoch(self) -> Iterator[tuple[list[Batch], int]]:
         """Batches of this process for each step, and how many of them count."""
         loader: BatchLoader = train_loader(
             self.data.train_cuts,
@@ -427,7 +427,7 @@ class Trainer:
         progress = self.progress
         mark = time.monotonic()
         window_s, window_audio_s, window_wait_s = 0.0, 0.0, 0.0
-        for batches, own in self._steps_of_epoch():
+        for batches, own in self.batches_of_epoch():
             wait_s = time.monotonic() - mark
             record = self.step(batches, bad, own)
             now = time.monotonic()

@@ -70,8 +70,8 @@ class ParallelConfig:
         replicas: of zero 2 and 3: groups of processes, each of which holds the whole model between them (HSDP); as a
             rule the number of machines, since gathered weights then stay within a machine. Divides the number of
             processes.
-        gather: number format in which zero 2 and 3 send weights to each other for the forward and backward pass: "bf16"
-            halves what is sent; shares, gradients and their sums stay float32. Needs training.precision bf16.
+        gather: number format in which zero 2 and 3 send the weights of encoder blocks to each other: "bf16" halves what
+            is sent; shares, gradients and their sums stay float32. Needs training.precision bf16.
         timeout_s: seconds that a process waits for the others before it gives up.
         hang_timeout_s: seconds without progress after which a process that the others wait for is named with its stack,
             and all are ended; longer than any step, also the first, which compiles. Writing a checkpoint may take 0.9

@@ -2,50 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing
 
+from asr.bench import processes
 from asr.checkpoint import step_checkpoints
 from asr.training.faults import BadBatches, Termination
-from asr.training.ranks import Ranks, started
+from asr.training.ranks import Ranks
 from tests.asr.training.runs import experiment, make_trainer, read_data
 
 SGD = 0.05  # learning rate
 
 
-def _child(rank: int, size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    torch.set_num_threads(1)
-    with started("cpu", 60.0) as ranks:
-        function(ranks, *arguments)
-
-
 def together(size: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Calls function(ranks, *arguments) in so many processes; an error in one is raised here."""
-    if size == 1:
-        function(Ranks(), *arguments)
-        return
-    context = start(size, function, *arguments)
-    while not context.join():
-        pass
+    """Calls function(ranks, *arguments) in so many processes on CPU; an error in one is raised here."""
+    processes.together(size, "cpu", _on_cpu, function, *arguments)
 
 
-def start(size: int, function: Callable[..., None], *arguments: Any) -> torch.multiprocessing.ProcessContext:
-    """Begins to call function(ranks, *arguments) in so many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.spawn(_child, (size, port, function, arguments), nprocs=size, join=False)
-    assert context is not None
-    return context
+def _on_cpu(ranks: Ranks, device: str, function: Callable[..., None], *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    function(ranks, *arguments)
 
 
 def sgd_steps(ranks: Ranks, cases: dict[str, list[str]], steps: int, data: Path, out: Path) -> None:
@@ -56,7 +36,7 @@ def sgd_steps(ranks: Ranks, cases: dict[str, list[str]], steps: int, data: Path,
         trainer.experiment.optim.lr = SGD
         trainer.model.train()
         bad = BadBatches(out / "bad", 0, 0, lambda **_: None, print)
-        records = [trainer.step(b, bad, own) for b, own in islice(trainer._steps_of_epoch(), steps)]
+        records = [trainer.step(b, bad, own) for b, own in islice(trainer.batches_of_epoch(), steps)]
         weights = trainer.parallel.weights()
         if ranks.first:
             shares = sum(

@@ -227,7 +227,7 @@ def _save_beside_steps(ranks: Ranks, data: Path, out: Path, zero: int) -> None:
     trainer = make_trainer(experiment(*COMMON, f"parallel.zero={zero}"), read_data(data), out, ranks)
     trainer.model.train()
     bad = BadBatches(out / "bad", 0, 0, lambda **_: None, print)
-    steps = trainer._steps_of_epoch()
+    steps = trainer.batches_of_epoch()
     for batches, own in islice(steps, 2):
         trainer.step(batches, bad, own)
     assert trainer.ema is not None

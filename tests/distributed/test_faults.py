@@ -71,7 +71,7 @@ def _skip(ranks: Ranks, data: Path, out: Path, zero: int, allowed: int) -> None:
     trainer.model.train()
     bad = BadBatches(out / "bad", allowed, 0, lambda **_: None, lambda _: None, f"-rank{ranks.rank}")
     try:
-        for batches, own in trainer._steps_of_epoch():
+        for batches, own in trainer.batches_of_epoch():
             trainer.step(batches, bad, own)
     except TooManyBadBatches:
         (out / f"stopped-{ranks.rank}").touch()

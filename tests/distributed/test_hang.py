@@ -38,7 +38,7 @@ def stop_the_process() -> None:
 
 def _compiled(trainer: Trainer) -> Trainer:
     """After a first step, which may have to compile for longer than these limits."""
-    batches, own = next(trainer._steps_of_epoch())
+    batches, own = next(trainer.batches_of_epoch())
     trainer.step(batches, BadBatches(trainer.out_dir, 0, 0, lambda **_: None, print), own)
     return trainer
 

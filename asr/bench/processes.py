@@ -1,0 +1,71 @@
+"""Several processes of one run on this machine, and the data that measurements train on."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import torch.multiprocessing
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+
+from asr.config import load_experiment
+from asr.data.audio import SAMPLE_RATE_HZ
+from asr.data.features import compute_features
+from asr.data.tokenizer import Tokenizer, TokenizerConfig
+from asr.training.ranks import Ranks, rank_device, started
+from asr.training.trainer import TrainData
+
+WORDS = "ONE TWO THREE FOUR".split()
+
+
+def together(size: int, device: str, function: Callable[..., None], *arguments: Any) -> None:
+    """Calls function(ranks, device, *arguments) in so many processes, one alone in this one; an error in one is raised.
+
+    On CPU each has its share of the cores.
+    """
+    if size == 1:
+        function(Ranks(), device, *arguments)
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_child, (size, port, device, function, arguments), nprocs=size)
+
+
+def _child(
+    rank: int, size: int, port: int, device: str, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    with started(device, 300.0) as ranks:
+        function(ranks, rank_device(device, ranks), *arguments)
+
+
+def write_data(folder: Path, durations_s: list[float], settings: list[str]) -> Path:
+    """Cuts of noise with two words a second, and their features; the path of the cuts."""
+    generator = np.random.default_rng(0)
+    cuts = []
+    for number, seconds in enumerate(durations_s):
+        path = folder / f"{number:03d}.wav"
+        soundfile.write(path, 0.1 * generator.standard_normal(int(seconds * SAMPLE_RATE_HZ)), SAMPLE_RATE_HZ)
+        recording = Recording.from_file(path)
+        text = " ".join(generator.choice(WORDS, max(1, round(2 * seconds))))
+        supervision = SupervisionSegment(path.stem, recording.id, 0.0, recording.duration, text=text)
+        cuts.append(MonoCut(path.stem, 0.0, recording.duration, 0, recording=recording, supervisions=[supervision]))
+    config = load_experiment(None, settings).data
+    path = folder / "cuts.jsonl.gz"
+    compute_features(CutSet.from_cuts(cuts), folder / "features", config.features, None, 0).to_file(path)
+    return path
+
+
+def read_data(path: Path) -> TrainData:
+    """What `write_data` wrote, for training and validation both."""
+    cuts = CutSet.from_file(path).to_eager()
+    return TrainData(cuts, cuts, Tokenizer.train([" ".join(WORDS)], TokenizerConfig("word")))

@@ -282,7 +282,7 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
     if args.strict:
         overrides.append("data.strict=true")
     experiment = load_experiment([*([config] if config else []), *args.config], overrides)
-    experiment.parallel.check(args.nproc)
+    experiment.parallel.check(args.nproc, experiment.memory.offload)
     corpus = CORPORA[name]
     prefix = "corpus_"
     fields = {entry.name for entry in dataclasses.fields(corpus.Options)}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -36,21 +36,28 @@ class Parallel:
         optim: settings of the optimizer.
         ranks: the processes, which can talk to each other.
         unused: whether weights may be left out of a step.
+        offload: ``memory.offload``; "cpu" keeps shares in CPU memory.
 
     ``forward`` is what is called in place of the model.
     """
 
     def __init__(
-        self, model: Transducer, config: ParallelConfig, optim: OptimConfig, ranks: Ranks, unused: bool = False
+        self,
+        model: Transducer,
+        config: ParallelConfig,
+        optim: OptimConfig,
+        ranks: Ranks,
+        unused: bool = False,
+        offload: str = "none",
     ):
-        config.check(ranks.size)
+        config.check(ranks.size, offload)
         self.ranks, self.config = ranks, config
         self.model = model
         self.forward: nn.Module = model
         self.optimizer: torch.optim.Optimizer
         self.sharded = ranks.size > 1 and config.zero >= 2
         if self.sharded:
-            self._shard(model)
+            self._shard(model, offload)
         elif ranks.size > 1:
             # of weights with one input channel, whose strides say the same in two ways
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -61,13 +68,15 @@ class Parallel:
         else:
             self.optimizer = make_optimizer(model, optim)
 
-    def _shard(self, model: Transducer) -> None:
+    def _shard(self, model: Transducer, offload: str) -> None:
         """Each encoder block, the predictor, the joiner and what is left are gathered on their own, when they run."""
-        mesh = _mesh(next(model.parameters()).device.type, self.ranks.size, self.config.replicas)
+        kind = next(model.parameters()).device.type
+        mesh = _mesh(kind, self.ranks.size, self.config.replicas)
         gather_again = self.config.zero == 3
-        for unit in (*model.encoder.blocks, model.predictor, model.joiner):
-            fully_shard(unit, mesh=mesh, reshard_after_forward=gather_again)
-        fully_shard(model, mesh=mesh, reshard_after_forward=gather_again)
+        # pinned memory is for copies to a device
+        policy = CPUOffloadPolicy(pin_memory=kind == "cuda") if offload == "cpu" else OffloadPolicy()
+        for unit in (*model.encoder.blocks, model.predictor, model.joiner, model):
+            fully_shard(unit, mesh=mesh, reshard_after_forward=gather_again, offload_policy=policy)
 
     def clip_grad_norm(self, most: float) -> float:
         """Scale gradients down to this global norm; the norm before."""

@@ -31,6 +31,7 @@ from asr.training.activations import checkpoint_activations, measure, within_bud
 from asr.training.faults import BadBatches, Termination
 from asr.training.memory import keep_freed_memory
 from asr.training.metrics import MetricsWriter, ProgressLine, clock
+from asr.training.offload import map_optimizer_state
 from asr.training.optim import WeightAverage
 from asr.training.parallel import Parallel, shared_like, whole
 from asr.training.precision import autocast, resolve_precision
@@ -115,7 +116,10 @@ class Trainer:
         checkpoint_activations(self.model.encoder, self._checkpointing())
         # a CTC head without its loss has no gradient
         unused = self.model.ctc_head is not None and experiment.loss.ctc_weight == 0
-        self.parallel = Parallel(self.model, experiment.parallel, experiment.optim, self.ranks, unused)
+        offload = experiment.memory.offload
+        self.parallel = Parallel(self.model, experiment.parallel, experiment.optim, self.ranks, unused, offload)
+        if offload == "file":
+            map_optimizer_state(self.parallel.optimizer, self.out_dir / f"optimizer-rank{self.ranks.rank}")
         self.ema = WeightAverage(self.model, self.config.ema_decay) if self.config.ema_decay > 0 else None
         total_s = self.config.max_epochs * _epoch_seconds(data.train_cuts, experiment.data)
         if total_s <= 0:

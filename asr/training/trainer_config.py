@@ -96,12 +96,23 @@ class ParallelConfig:
         if not self.timeout_s > 0:
             raise ValueError(f"parallel.timeout_s={self.timeout_s} must be above 0")
 
-    def check(self, size: int) -> None:
-        """Refuse what so many processes cannot do.
+    def check(self, size: int, offload: str = "none") -> None:
+        """Refuse what so many processes cannot do, also with ``memory.offload``.
 
         Raises:
             UserError: which value, and the nearest that they can.
         """
+        if offload == "cpu" and (size == 1 or self.zero < 2):
+            raise UserError(
+                f"memory.offload=cpu moves what several processes share out with parallel.zero=2 or 3; this run has "
+                f"{size} process{'es' if size > 1 else ''} and zero={self.zero}: "
+                + ("set parallel.zero=3" if size > 1 else "choose memory.offload=file, or start several with torchrun")
+            )
+        if offload == "file" and self.zero == 1:
+            raise UserError(
+                "memory.offload=file does not go with parallel.zero=1, whose optimizer moves state between processes; "
+                "set parallel.zero=2"
+            )
         if size > 1 and size % self.replicas:
             nearest = max(n for n in range(1, self.replicas) if size % n == 0)
             raise UserError(
@@ -121,10 +132,14 @@ class MemoryConfig:
             Gradients are the same to the bit.
         activation_budget: of "budget": fraction of what the encoder keeps with "none", above 0 and at most 1. Each mode
             is measured at the start, and those that take the least time within it are chosen.
+        offload: "cpu" keeps the shares of weights, gradients and optimizer state in CPU memory (parallel.zero 2 and 3
+            of several processes); "file" keeps AdamW's moments in a memory-mapped file in the output folder, of which
+            the system takes out of memory what it needs room for. Results are the same to the bit.
     """
 
     checkpointing: Literal["none", "selective", "full", "budget"] = "none"
     activation_budget: float = 0.5
+    offload: Literal["none", "cpu", "file"] = "none"
 
     def __post_init__(self) -> None:
         if not 0 < self.activation_budget <= 1:

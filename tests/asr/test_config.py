@@ -225,7 +225,7 @@ CHANGED = [
     "optim={lr: 0.000123456789, betas: [0.5, 0.75], schedule: noam, eps: 1e-12}",
     "training={accumulation: 2, normalize: utterances, precision: bf16, chunk_frames: [0, 8, 16], tensorboard: false}",
     "parallel={zero: 3, replicas: 2, timeout_s: 60}",
-    "memory={checkpointing: budget, activation_budget: 0.25}",
+    "memory={checkpointing: budget, activation_budget: 0.25, offload: file}",
     "average={last: [], ema: false}",
     "decoding.max_symbols_per_frame=3",
 ]

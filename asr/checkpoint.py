@@ -1,13 +1,14 @@
-"""Checkpoints: one file that carries weights, configuration and tokenizer, written atomically and checked when read.
+"""Checkpoints: they carry weights, configuration and tokenizer, are written atomically and checked when read.
 
-The file is what ``torch.save`` writes, with plain containers and tensors only, so that ``weights_only=True`` loads it.
+One process writes a file: what ``torch.save`` writes, with plain containers and tensors only, so that
+``weights_only=True`` loads it. Several write a folder, see `asr.checkpoint_folder`. All else takes either.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,17 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asr import checkpoint_folder
+from asr.atomic import cause_on_disk, partial_name, write_whole
 from asr.config import Experiment, dump, from_dict
 from asr.data.tokenizer import Tokenizer
-from asr.errors import UserError
+from asr.errors import CheckpointError
 from asr.models.transducer import Transducer, build_model
 
 FORMAT_VERSION = 1
 KEYS = {"config", "tokenizer", "vocab_size", "step", "epoch", "model"}
-
-
-class CheckpointError(UserError):
-    """A file that is no checkpoint, is damaged, or belongs to another model or version."""
 
 
 @dataclass
@@ -49,23 +48,10 @@ def atomic_save(payload: dict[str, Any], path: Path) -> None:
         OSError: the disk is full or not writable; the old file is untouched and nothing half-written stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself must survive a power cut
-        finally:
-            os.close(folder)
-    except BaseException as err:
-        partial.unlink(missing_ok=True)
-        if isinstance(err, RuntimeError) and isinstance(err.__context__, OSError):
-            raise err.__context__ from None  # torch's writer wraps ENOSPC; the cause says more
-        raise
+        write_whole(path, lambda file: torch.save(payload, file))
+    except RuntimeError as err:
+        raise cause_on_disk(err) from None
 
 
 def make_payload(
@@ -77,7 +63,10 @@ def make_payload(
     epoch: int,
     training: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of a checkpoint file; ``training`` holds what only a resumed run needs."""
+    """The content of a checkpoint: a tree of dicts, with tensors and plain values.
+
+    ``training`` holds what only a resumed run needs: "optimizer", by name of the parameter, "ema" and "progress".
+    """
     payload: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "config": dump(experiment),
@@ -92,21 +81,28 @@ def make_payload(
     return payload
 
 
-def read(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """The checked content of a checkpoint file.
+def read(path: Path) -> dict[str, Any]:
+    """The checked content of a checkpoint, with whole tensors on the CPU.
 
     Raises:
-        CheckpointError: missing, truncated, corrupt (any record's CRC-32), not ours, or of another format version; a
-            file of the same folder that is whole is named.
+        CheckpointError: missing, truncated, corrupt (any record's or file's checksum), not ours, or of another format
+            version; a checkpoint of the same folder that is whole is named.
     """
     path = Path(path)
     try:
-        return _read(path, map_location)
+        return _read(path)
     except CheckpointError as err:
         raise CheckpointError(f"{err}{_neighbour(path)}") from None
 
 
-def _read(path: Path, map_location: str | torch.device) -> dict[str, Any]:
+def outline(path: Path) -> dict[str, Any]:
+    """As `read`; but of a folder only what is not tensors, and their shapes: `checkpoint_folder.fill` reads them."""
+    return _checked(checkpoint_folder.outline(path), path) if path.is_dir() else read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        return _checked(checkpoint_folder.read(path), path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     try:
@@ -114,12 +110,16 @@ def _read(path: Path, map_location: str | torch.device) -> dict[str, Any]:
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"record {damaged} does not match its checksum")
-        payload = torch.load(path, map_location=map_location, weights_only=True)
+        payload = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as err:
         raise CheckpointError(f"checkpoint {path} cannot be read: {err.strerror or err}") from None
     except Exception as err:  # zipfile, pickle and torch each raise their own
         reason = " ".join(str(err).split())[:160]
         raise CheckpointError(f"checkpoint {path} is corrupt or no checkpoint ({reason})") from None
+    return _checked(payload, path)
+
+
+def _checked(payload: Any, path: Path) -> dict[str, Any]:
     if not isinstance(payload, dict) or "format_version" not in payload:
         raise CheckpointError(f"{path} is a torch file but no checkpoint of this toolkit")
     if payload["format_version"] != FORMAT_VERSION:
@@ -132,18 +132,32 @@ def _read(path: Path, map_location: str | torch.device) -> dict[str, Any]:
     return payload
 
 
+def verify(path: Path) -> None:
+    """Every check of `read`, without the tensors of a folder in memory.
+
+    Raises:
+        CheckpointError: see `read`.
+    """
+    if path.is_dir():
+        checkpoint_folder.verify(path)
+        outline(path)
+    else:
+        _read(path)
+
+
 def is_good(path: Path) -> bool:
-    """Whether the file passes every check of :func:`read`."""
+    """Whether the checkpoint passes `verify`."""
     try:
-        _read(path, "cpu")
+        verify(path)
     except CheckpointError:
         return False
     return True
 
 
 def _neighbour(path: Path) -> str:
-    """Names the newest other file of the folder that is whole, for the end of an error message."""
-    for other in sorted(path.parent.glob("*.pt"), key=lambda p: p.stat().st_mtime, reverse=True):
+    """Names the newest other checkpoint of the folder that is whole, for the end of an error message."""
+    others = {*path.parent.glob("*.pt"), *step_checkpoints(path.parent)}
+    for other in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True):
         if other.name != path.name and is_good(other):
             return f"; {other} is whole, use that one"
     return ""
@@ -206,7 +220,7 @@ def load(path: Path | str, device: str | torch.device = "cpu", overrides: dict[s
         CheckpointError: see :func:`read` and :func:`load_weights`.
     """
     path = Path(path)
-    payload = read(path, "cpu")
+    payload = read(path)
     experiment = experiment_of(payload, str(path))
     if overrides:
         experiment.decoding = dataclasses.replace(experiment.decoding, **overrides)
@@ -218,21 +232,23 @@ def load(path: Path | str, device: str | torch.device = "cpu", overrides: dict[s
     )
 
 
-def step_name(step: int) -> str:
-    """File name of a step's checkpoint; names sort like steps."""
-    return f"step-{step:08d}.pt"
+def step_name(step: int, suffix: str = ".pt") -> str:
+    """Name of a step's checkpoint, of a folder with suffix ""; names sort like steps."""
+    return f"step-{step:08d}{suffix}"
 
 
 def step_checkpoints(folder: Path) -> list[Path]:
-    """step-*.pt of a folder, oldest first."""
-    return sorted(folder.glob("step-*.pt"))
+    """The step checkpoints of a folder, oldest first."""
+    found = [path for path in folder.glob("step-*") if path.suffix == ".pt" or not path.suffix and path.is_dir()]
+    # a step has two when the run went on with another number of processes before the next one
+    return sorted(found, key=lambda path: (path.stem, path.stat().st_mtime_ns))
 
 
 def newest_good(folder: Path, say: Any = print) -> Path | None:
     """The newest step checkpoint that is whole; damaged ones are named and passed over."""
     for path in reversed(step_checkpoints(folder)):
         try:
-            read(path)
+            verify(path)
         except CheckpointError as err:
             say(f"warning: {err}; trying the one before it")
             continue
@@ -240,24 +256,40 @@ def newest_good(folder: Path, say: Any = print) -> Path | None:
     return None
 
 
+def set_aside(path: Path) -> Path:
+    """Renames a checkpoint to NAME.old, in the place of an earlier one of that name; the new path."""
+    old = path.with_name(path.name + ".old")
+    if old.is_dir():
+        shutil.rmtree(old)
+    return path.replace(old)
+
+
 def set_aside_later(folder: Path, step: int) -> list[Path]:
-    """Renames checkpoints of later steps, which another run wrote or which are damaged, to step-*.pt.old.
+    """Renames checkpoints of later steps, which another run wrote or which are damaged, to step-*.old.
 
     Left in place they would be taken for this run's newest: kept instead of its own, averaged and resumed from.
     """
-    moved = []
-    for path in step_checkpoints(folder):
-        if path.name > step_name(step):
-            moved.append(path.replace(path.with_name(path.name + ".old")))
-    return moved
+    return [set_aside(path) for path in step_checkpoints(folder) if path.stem > step_name(step, "")]
 
 
 def prune(folder: Path, keep_last: int) -> None:
     """Removes all but the newest step checkpoints, and what a killed writer left."""
-    for path in step_checkpoints(folder)[:-keep_last]:
-        path.unlink()
+    remove_partials(folder)
+    paths = step_checkpoints(folder)
+    kept = list({path.stem: path for path in paths}.values())[-keep_last:]
+    for path in paths:
+        if path not in kept:
+            path.replace(partial_name(path))  # gone at once, also a folder
+    remove_partials(folder)
+
+
+def remove_partials(folder: Path) -> None:
+    """Removes what is half-written or half-removed."""
     for path in folder.glob(".*.partial"):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def running_averages(states: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -11,5 +11,9 @@ class UserError(ValueError):
     """
 
 
+class CheckpointError(UserError):
+    """A file or folder that is no checkpoint, is damaged, or belongs to another model or version."""
+
+
 class Terminated(BaseException):
     """SIGTERM came. Not an ``Exception``: what guards against damaged files must not take it for damage."""

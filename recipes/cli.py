@@ -111,8 +111,18 @@ def make_parser(corpus: str) -> Parser:
     text += "trainings are tested on one list"
     add("--data-seed", type=int, default=0, metavar="N", help=text)
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, or auto: cuda where there is one")
-    text = "processes that train together, each on its own batches; parallel.zero (--set) says what they share out"
+    text = "processes that train and decode together, each on its own batches; parallel.zero (--set) says what they "
+    text += "share out"
     add("--nproc", type=int, default=1, metavar="N", help=text)
+    text = (
+        "machines that train together, with --nproc processes each and one --exp-dir that all of them share; the same "
+    )
+    text += "command is started on each of them, with its own --node-rank"
+    add("--nodes", type=int, default=1, metavar="M", help=text)
+    text = "number of this machine; 0 runs all stages, the others only take part in training, when 0 comes to it"
+    add("--node-rank", type=int, default=0, metavar="R", help=text)
+    text = "machine 0 as the others reach it, and a free port there"
+    add("--master", default="", metavar="HOST:PORT", help=text)
     add("--config", type=Path, action="append", default=[], metavar="FILE", help="more settings, YAML; repeatable")
     text = "one setting, like optim.lr=0.001; repeatable (`asr train --help-keys` lists all)"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
@@ -152,9 +162,8 @@ def _run(argv: Sequence[str]) -> int:
     args = make_parser(name).parse_args(list(argv[1:]))
     if args.num_jobs < 1:
         raise UserError(f"--num-jobs {args.num_jobs} is too few; pass at least 1")
-    if args.nproc < 1:
-        raise UserError(f"--nproc {args.nproc} is too few; pass at least 1")
     # Only now: these import torch, and a misspelled option should not have to wait for it.
+    from recipes.launch import take_part
     from recipes.stages import make_recipe, print_result
 
     log_to_stdout()
@@ -165,6 +174,9 @@ def _run(argv: Sequence[str]) -> int:
             print(f"stage {number} {pipeline.stages[number].name}: {'would run: ' * status.must_run}{status.reason}")
         return 0
     try:
+        if recipe.nodes.rank:
+            take_part(recipe, pipeline, selected)
+            return 0
         pipeline.execute(recipe, selected, force=args.force)
     except StageStopped as stopped:
         print(stopped, flush=True)

@@ -28,9 +28,10 @@ from asr.data.bad_rows import BadRow, report_bad_rows
 from asr.data.manifests import load_cuts, save_cuts
 from asr.device import resolve_device
 from asr.errors import Terminated, UserError
+from asr.training.launch import Nodes, check_processes
 from recipes.corpora import CORPORA, Corpus
 from recipes.engine import DONE_DIR, Pipeline, Stage, StageStopped, write_atomic
-from recipes.launch import train_on_processes
+from recipes.launch import average_on_processes, decode_on_processes, train_on_processes
 
 if TYPE_CHECKING:
     from lhotse import CutSet
@@ -56,6 +57,7 @@ class Recipe:
     num_jobs: int
     command: str
     num_processes: int = 1
+    nodes: Nodes = Nodes()
 
     def path(self, name: str) -> Path:
         """A path of the experiment folder."""
@@ -141,7 +143,7 @@ def run_train(recipe: Recipe) -> None:
     out = recipe.path("train")
     try:
         with stopped_by_sigterm():
-            if recipe.num_processes > 1:
+            if recipe.num_processes > 1 or recipe.nodes.count > 1:
                 train_on_processes(recipe)
                 return
             data = load_train_data(
@@ -163,6 +165,9 @@ def run_average(recipe: Recipe) -> None:
     """Chooses the weights that decode, on validation cuts."""
     from asr.training.averaging import average
 
+    if recipe.num_processes > 1:
+        average_on_processes(recipe)
+        return
     cuts = recipe.cuts("valid", features=True)
     average(recipe.path("train"), cuts, recipe.experiment.average, device=recipe.device)
 
@@ -179,6 +184,11 @@ def run_decode(recipe: Recipe) -> None:
     from asr.decoding.load import load_for_decoding
     from asr.training.report import write_report
 
+    if recipe.num_processes > 1:
+        for search in searches(recipe.experiment):
+            decode_on_processes(recipe, search, EMISSION_PLOTS)
+        write_report(recipe.path("train"))
+        return
     cuts = recipe.cuts("test", features=True)
     loaded = load_for_decoding(recipe.path("train/average.pt"), recipe.device)
     for search in searches(recipe.experiment):
@@ -282,7 +292,10 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
     if args.strict:
         overrides.append("data.strict=true")
     experiment = load_experiment([*([config] if config else []), *args.config], overrides)
-    experiment.parallel.check(args.nproc, experiment.memory.offload)
+    nodes = Nodes(args.nodes, args.node_rank, args.master)
+    experiment.parallel.check(args.nproc * nodes.count, experiment.memory.offload)
+    device = resolve_device(args.device)
+    check_processes(args.nproc, device)
     corpus = CORPORA[name]
     prefix = "corpus_"
     fields = {entry.name for entry in dataclasses.fields(corpus.Options)}
@@ -302,10 +315,11 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
         corpus_dir=corpus_dir,
         experiment=experiment,
         data_seed=args.data_seed,
-        device=resolve_device(args.device),
+        device=device,
         num_jobs=args.num_jobs,
         command=command,
         num_processes=args.nproc,
+        nodes=nodes,
     )
     settings = {
         "experiment": to_dict(experiment),

@@ -18,11 +18,11 @@ import soundfile
 import torch
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
-from asr.checkpoint import step_checkpoints
+from asr.checkpoint import read, step_checkpoints
 from asr.config import load_experiment
 from asr.data.features import compute_features
 from asr.errors import UserError
-from asr.training.ranks import torchrun
+from asr.training.launch import torchrun
 
 WORDS = "ONE TWO THREE FOUR".split()
 RATE_HZ = 16_000
@@ -85,7 +85,7 @@ def one_trial(args: argparse.Namespace, folder: Path, trial: int, chance: random
         process.kill()
         code = None
     newest = (step_checkpoints(folder / run / "checkpoints")[-1:] for run in ("peace", name))
-    left, right = (torch.load(paths[0], weights_only=True)["model"] if paths else {} for paths in newest)
+    left, right = (read(paths[0])["model"] if paths else {} for paths in newest)
     equal = code == 0 and left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
     return {
         "trial": trial,
@@ -104,7 +104,7 @@ def start(args: argparse.Namespace, folder: Path, name: str) -> subprocess.Popen
     cuts = str(folder / "cuts.jsonl.gz")
     words = ["--device", "cpu", "--out-dir", str(folder / name), "--train-cuts", cuts, "--valid-cuts", cuts]
     words += [f"--set={setting}" for setting in (*SETTINGS, f"parallel.zero={args.zero}")]
-    command = torchrun(args.nproc, 3, *words)
+    command = torchrun(args.nproc, 3, "train", *words)
     with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 HELP = "Decode a cut manifest with a checkpoint, write the result files and print the word error rate."
@@ -11,7 +12,7 @@ HELP = "Decode a cut manifest with a checkpoint, write the result files and prin
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from asr.decoding import SEARCHES
 
-    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint file, e.g. EXP/train/average.pt")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, e.g. EXP/train/average.pt")
     parser.add_argument("--cuts", type=Path, required=True, help="cut manifest, e.g. EXP/data/cuts_test.jsonl.gz")
     parser.add_argument("--search", choices=list(SEARCHES), help="the checkpoint's own if not given")
     parser.add_argument(
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--emissions", type=int, default=0, metavar="N", help="plot the emission posteriors of the N worst utterances"
     )
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes, each of which decodes its share")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,14 +35,19 @@ def run(args: argparse.Namespace) -> int:
     from asr.decoding.emission import worst_cuts, write_emissions
     from asr.decoding.load import load_for_decoding
     from asr.device import resolve_device
+    from asr.training.ranks import LONG_S, one_speaks, rank_device, started
 
     device = resolve_device(args.device)
-    cuts = read_cuts(args.cuts)
-    loaded = load_for_decoding(args.checkpoint, device, args.search, args.set)
-    search = loaded.config.decoding.search
-    out_dir = args.out_dir or default_out_dir(args.checkpoint, search)
-    name = set_name(args.cuts)
-    report = decode_and_score(loaded.model, loaded.tokenizer, cuts, loaded.config, device, out_dir, name)
+    with started(device, LONG_S) as ranks, one_speaks(ranks):
+        device = rank_device(device, ranks)
+        cuts = read_cuts(args.cuts)
+        loaded = load_for_decoding(args.checkpoint, device, args.search, args.set)
+        search = loaded.config.decoding.search
+        out_dir = args.out_dir or default_out_dir(args.checkpoint, search)
+        name = set_name(args.cuts)
+        report = decode_and_score(loaded.model, loaded.tokenizer, cuts, loaded.config, device, out_dir, name, ranks)
+    if not ranks.first:
+        return 0
     if args.emissions > 0:
         chosen = worst_cuts(cuts, report.results, args.emissions)
         write_emissions(out_dir, name, loaded.model, loaded.tokenizer, chosen, loaded.config, device)
@@ -61,3 +68,9 @@ def default_out_dir(checkpoint: Path, search: str) -> Path:
 def set_name(cuts: Path) -> str:
     """``test`` for cuts_test.jsonl.gz."""
     return cuts.name.split(".")[0].removeprefix("cuts_") or "test"
+
+
+if __name__ == "__main__":  # torchrun -m asr.cli.decode
+    from asr.cli.main import main
+
+    sys.exit(main(["decode", *sys.argv[1:]]))

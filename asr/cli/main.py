@@ -7,13 +7,14 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from asr.cli.guard import Parser, end_of_process, guarded, nearest
+from asr.cli.guard import Parser, end_of_process, guarded, nearest, stopped_by_sigterm
 from asr.errors import UserError
 
 # name -> one line for `asr --help`. A module is imported only when its name is asked for: torch takes seconds to load.
 COMMANDS = {
     "train": "train a model from cut manifests and a configuration",
     "average": "average the weights of several checkpoints into one",
+    "checkpoint": "turn the checkpoint folder of several processes into one file",
     "decode": "decode a cut manifest with a checkpoint and score it",
     "transcribe": "print the text of audio files",
     "doctor": "show versions, devices and optional parts, and how to install what is missing",
@@ -46,7 +47,20 @@ def _run(argv: Sequence[str]) -> int:
     parser = Parser(prog=f"asr {name}", description=module.HELP)
     module.add_arguments(parser)
     args: argparse.Namespace = parser.parse_args(list(argv[1:]))
+    if getattr(args, "nproc", 1) != 1:
+        return _on_processes(name, args, argv[1:])
     return int(module.run(args) or 0)
+
+
+def _on_processes(name: str, args: argparse.Namespace, words: Sequence[str]) -> int:
+    from asr.device import resolve_device
+    from asr.training.launch import check_processes, run_processes
+
+    check_processes(args.nproc, resolve_device(args.device))
+    # torchrun takes it for an abbreviation of its own
+    each = [w for before, w in zip(["", *words], words, strict=False) if "--nproc" not in (before, w.split("=")[0])]
+    with stopped_by_sigterm():
+        return run_processes(args.nproc, 0, name, *each)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -72,12 +72,12 @@ def _train(args: argparse.Namespace) -> int:
     from asr.data.tokenizer import Tokenizer
     from asr.device import resolve_device
     from asr.errors import UserError
-    from asr.training.ranks import rank_device, started
+    from asr.training.ranks import one_speaks, rank_device, started
     from asr.training.train_data import load_train_data
     from asr.training.trainer import train
 
     device = resolve_device(args.device)
-    with started(device, experiment.parallel.timeout_s) as ranks:
+    with started(device, experiment.parallel.timeout_s) as ranks, one_speaks(ranks):
         device = rank_device(device, ranks)
         experiment.parallel.check(ranks.size, experiment.memory.offload)
         kept = args.out_dir / "tokenizer.json"

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from asr.decoding import SEARCHES
 
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="audio files (wav, flac, ogg, mp3, ...)")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint file, e.g. EXP/train/average.pt")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, e.g. EXP/train/average.pt")
     parser.add_argument("--search", choices=list(SEARCHES), help="the checkpoint's own if not given")
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, or auto: cuda if there is one"

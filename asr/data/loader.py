@@ -274,8 +274,12 @@ def eval_loader(
     max_duration_s: float | None = None,
     num_workers: int | None = None,
     pin_memory: bool = False,
+    rank: int = 0,
+    size: int = 1,
 ) -> BatchLoader:
     """Batches without augmentation, longest utterances first, every cut exactly once.
+
+    Of several processes, each takes every size-th batch of the same order; there may be none for the last.
 
     Args:
         cuts: stored features are used where a cut has them, others are computed from its audio (with the same result).
@@ -284,6 +288,7 @@ def eval_loader(
         max_duration_s: audio seconds in a batch; ``config.max_duration_s`` by default.
         num_workers: processes; ``config.num_workers`` by default.
         pin_memory: page-locked memory, for copies to a CUDA device.
+        rank, size: number of this process, and of all.
 
     Raises:
         UserError: there are no cuts, or stored features were made with other settings; while iterating as for training.
@@ -304,7 +309,7 @@ def eval_loader(
         else:
             batches.append([index])
     workers = config.num_workers if num_workers is None else num_workers
-    return BatchLoader(BatchDataset(cut_list, tokenizer, config, 0, None), batches, workers, pin_memory)
+    return BatchLoader(BatchDataset(cut_list, tokenizer, config, 0, None), batches[rank::size], workers, pin_memory)
 
 
 def transcript(cut: MonoCut) -> str:

@@ -22,6 +22,7 @@ from asr.decoding.results import write_results
 from asr.decoding.score import Score, Transcribed, score, words_of
 from asr.decoding.search import DecodingConfig, Hypothesis
 from asr.errors import UserError
+from asr.training.ranks import Ranks
 
 if TYPE_CHECKING:  # asr.config imports asr.decoding
     from asr.config import Experiment
@@ -85,7 +86,12 @@ def decode_batch(model: Any, tokenizer: Tokenizer, batch: Batch, config: Decodin
 
 
 def decode_cuts(
-    model: Any, tokenizer: Tokenizer, cuts: CutSet, config: Experiment, device: str | torch.device = "cpu"
+    model: Any,
+    tokenizer: Tokenizer,
+    cuts: CutSet,
+    config: Experiment,
+    device: str | torch.device = "cpu",
+    ranks: Ranks | None = None,
 ) -> list[Decoded]:
     """Decode every cut once.
 
@@ -95,17 +101,20 @@ def decode_cuts(
         cuts: with audio, or stored features if the configuration says so; the references may hold any characters.
         config: ``data.features`` and ``decoding`` are used.
         device: where the model is.
+        ranks: of several processes each decodes its share; all call this.
 
     Returns:
-        One entry per cut, sorted by cut id.
+        One entry per cut, sorted by cut id; of several processes on the first, and nothing on the others.
     """
     results: list[Decoded] = []
+    ranks = ranks or Ranks()
+    limit_s = config.decoding.batch_duration_s
     # Without a tokenizer: the references are compared as text, so words that it cannot spell are no reason to fail.
-    loader = eval_loader(cuts, None, config.data, max_duration_s=config.decoding.batch_duration_s)
+    loader = eval_loader(cuts, None, config.data, max_duration_s=limit_s, rank=ranks.rank, size=ranks.size)
     with evaluation_mode(model):
         for batch in loader:
             results += decode_batch(model, tokenizer, batch.to(device), config.decoding)
-    return sorted(results, key=lambda result: result.cut_id)
+    return sorted(ranks.gather(results), key=lambda result: result.cut_id)
 
 
 def decode_and_score(
@@ -116,8 +125,11 @@ def decode_and_score(
     device: str | torch.device = "cpu",
     out_dir: Path | None = None,
     name: str = "test",
+    ranks: Ranks | None = None,
 ) -> DecodeReport:
     """Decode, score, and write the result files of ``asr.decoding.results`` into ``out_dir`` (None: write nothing).
+
+    Of several processes all call this, and the first scores and writes: on the others the report is empty.
 
     Raises:
         UserError: there are no cuts.
@@ -126,8 +138,10 @@ def decode_and_score(
     if out_dir is not None:
         out_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows before the work, not after
     start = time.perf_counter()
-    results = decode_cuts(model, tokenizer, cuts, config, device)
+    results = decode_cuts(model, tokenizer, cuts, config, device, ranks)
     seconds = time.perf_counter() - start
+    if ranks is not None and not ranks.first:
+        return DecodeReport([], score([]), seconds)
     if not results:
         raise UserError(f"there are no utterances in the {name} set; nothing to decode")
     if out_dir is None:

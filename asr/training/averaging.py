@@ -12,8 +12,9 @@ import torch
 
 from asr import checkpoint
 from asr.data.loader import eval_loader
-from asr.errors import UserError
+from asr.errors import CheckpointError, UserError
 from asr.models.transducer import build_model
+from asr.training.ranks import Ranks
 from asr.training.trainer_config import AverageConfig
 from asr.training.validation import Validation, validate
 
@@ -31,7 +32,7 @@ def _whole(train_dir: Path, say: Callable[[str], None]) -> Iterator[tuple[Path, 
     for path in reversed(checkpoint.step_checkpoints(train_dir / "checkpoints")):
         try:
             yield path, checkpoint.read(path)
-        except checkpoint.CheckpointError as err:
+        except CheckpointError as err:
             say(f"warning: {err}; left out of the average")
 
 
@@ -57,7 +58,7 @@ def _candidates(
     if config.best and best_path.is_file():
         try:
             best = checkpoint.read(best_path)
-        except checkpoint.CheckpointError as err:
+        except CheckpointError as err:
             say(f"warning: {err}; no candidate")
         else:
             yield "best", best
@@ -70,6 +71,7 @@ def average(
     *,
     device: str | torch.device = "cpu",
     say: Callable[[str], None] = print,
+    ranks: Ranks | None = None,
 ) -> tuple[Path, list[Candidate]]:
     """Scores every candidate on ``valid_cuts`` and writes the best as ``average.pt``.
 
@@ -79,6 +81,7 @@ def average(
         config: candidates; None takes the configuration in the newest checkpoint.
         device: where validation runs.
         say: prints a line.
+        ranks: of several processes each decodes its share of the cuts; all call this, and the first writes and speaks.
 
     Returns:
         Path of average.pt, and the candidates with their scores, best first.
@@ -86,7 +89,8 @@ def average(
     Raises:
         UserError: no whole checkpoint, or no candidate is asked for.
     """
-    device = torch.device(device)
+    device, ranks = torch.device(device), ranks or Ranks()
+    say = say if ranks.first else lambda _: None
     whole = _whole(train_dir, say)
     path, newest = next(whole, (None, {}))
     if path is None:
@@ -100,8 +104,10 @@ def average(
         model = build_model(experiment, payload["vocab_size"])
         checkpoint.load_weights(model, payload["model"], name)
         model.to(device)
-        batches = eval_loader(valid_cuts, tokenizer, experiment.data, max_duration_s=limit_s)
-        validation = validate(model, batches, tokenizer, experiment, device)
+        batches = eval_loader(
+            valid_cuts, tokenizer, experiment.data, max_duration_s=limit_s, rank=ranks.rank, size=ranks.size
+        )
+        validation = validate(model, batches, tokenizer, experiment, device, ranks=ranks)
         say(
             f"  {name}: {validation.errors} errors in {validation.words} words, loss {validation.loss:.4f} a token"
             " on the validation cuts"
@@ -113,6 +119,7 @@ def average(
         raise UserError("average.last is empty and neither average.ema nor average.best gives a candidate; ask for one")
     scored.sort(key=lambda candidate: candidate.validation.rank)
     out = train_dir / "average.pt"
-    checkpoint.atomic_save(chosen, out)
+    if ranks.first:
+        checkpoint.atomic_save(chosen, out)
     say(f"  chosen: {chosen['averaged']}, written to {out}")
     return out, scored

@@ -155,7 +155,7 @@ def _parser() -> Parser:
     parser.add_argument("--utterance-s", type=float, default=6.0, help="mean length of an utterance in seconds")
     parser.add_argument("--tokens-per-s", type=float, default=3.0)
     parser.add_argument("--vocab-size", type=int, default=500)
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
     parser.add_argument("--steps", type=int, default=20, help="timed steps; medians are printed")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 leaves its own choice")
     parser.add_argument("--profile", type=int, default=0, metavar="ROWS", help="also print the profiler's top rows")

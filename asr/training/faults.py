@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -88,12 +88,6 @@ class Termination:
         """Raises Terminated if a signal has come."""
         if self.requested:
             raise Terminated
-
-    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches, with a check after each: a pass over many of them outlasts the grace of most schedulers."""
-        for batch in batches:
-            yield batch
-            self.check()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

@@ -19,11 +19,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 ALIGNMENT = 64
 
 
-def map_optimizer_state(optimizer: torch.optim.Optimizer, path: Path) -> None:
+def map_moments(optimizer: torch.optim.Optimizer, path: Path) -> dict[Tensor, dict[str, Tensor]]:
     """Lets AdamW keep both moments of the weights of this process, or of its shares, in a file at ``path``.
 
-    Results are the same to the bit, and state dicts go in and out as before. The file has no name once this returns:
-    nothing is left of it when the process ends, however that is.
+    Results are the same to the bit. The file has no name once this returns: nothing is left of it when the process
+    ends, however that is.
+
+    Returns:
+        by weight, the moments by name, also of weights that have had no step yet: state that is loaded belongs there.
 
     Raises:
         UserError: weights that are not in CPU memory; no room in the folder.
@@ -36,7 +39,8 @@ def map_optimizer_state(optimizer: torch.optim.Optimizer, path: Path) -> None:
         )
     sizes = [-(-_local(p).nbytes // ALIGNMENT) * ALIGNMENT for p in weights]
     memory = _map(path, len(MOMENTS) * sum(sizes))
-    places, start = {}, 0
+    places: dict[Tensor, dict[str, Tensor]] = {}
+    start = 0
     for p, size in zip(weights, sizes, strict=True):
         places[p] = {name: _tensor(memory, start + i * size, p) for i, name in enumerate(MOMENTS)}
         start += len(MOMENTS) * size
@@ -49,16 +53,8 @@ def map_optimizer_state(optimizer: torch.optim.Optimizer, path: Path) -> None:
                     _local(moment).zero_()
                 optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32), **moments}
 
-    def take_over(*_: Any) -> None:
-        """State that was loaded moves into the file."""
-        for p, moments in places.items():
-            if state := optimizer.state.get(p):
-                for name, moment in moments.items():
-                    _local(moment).copy_(_local(state[name]))
-                    state[name] = moment
-
     optimizer.register_step_pre_hook(begin)
-    optimizer.register_load_state_dict_post_hook(take_over)
+    return places
 
 
 def _map(path: Path, size: int) -> mmap.mmap:

@@ -1,26 +1,30 @@
 """How a model is spread over the processes of a run: PyTorch's DistributedDataParallel, ZeroRedundancyOptimizer and
-fully_shard (FSDP2), chosen by one configuration; and whole tensors of it for files, whatever the number of processes.
+fully_shard (FSDP2), chosen by one configuration; and what each process has of its state, for checkpoints.
 
 ZeRO's stages (Rajbhandari et al. 2020) share out, in turn, optimizer state, gradients and weights. All engines average
 gradients over processes; the trainer's loss is divided by the count over all of them, and multiplied by their number.
-Gradients are brought together after each batch, also of several in a step: a batch that is skipped then leaves nothing
-behind on one process alone.
+Shares of gradients are brought together after each batch of a step, whole gradients after its last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from asr import checkpoint_folder
 from asr.models.transducer import Transducer
+from asr.training.offload import map_moments
 from asr.training.optim import OptimConfig, adamw_arguments, make_optimizer, parameter_groups
 from asr.training.ranks import Ranks
 from asr.training.trainer_config import ParallelConfig
@@ -36,7 +40,8 @@ class Parallel:
         optim: settings of the optimizer.
         ranks: the processes, which can talk to each other.
         unused: whether weights may be left out of a step.
-        offload: ``memory.offload``; "cpu" keeps shares in CPU memory.
+        offload: "cpu" keeps shares in CPU memory, "file" the optimizer's moments in a file.
+        file: of this process alone, for that.
 
     ``forward`` is what is called in place of the model.
     """
@@ -49,6 +54,7 @@ class Parallel:
         ranks: Ranks,
         unused: bool = False,
         offload: str = "none",
+        file: Path | None = None,
     ):
         config.check(ranks.size, offload)
         self.ranks, self.config = ranks, config
@@ -67,16 +73,43 @@ class Parallel:
             self.optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adamw_arguments(optim))
         else:
             self.optimizer = make_optimizer(model, optim)
+        self._mapped = map_moments(self.optimizer, file) if offload == "file" and file is not None else {}
 
     def _shard(self, model: Transducer, offload: str) -> None:
         """Each encoder block, the predictor, the joiner and what is left are gathered on their own, when they run."""
         kind = next(model.parameters()).device.type
         mesh = _mesh(kind, self.ranks.size, self.config.replicas)
         gather_again = self.config.zero == 3
-        # pinned memory is for copies to a device
-        policy = CPUOffloadPolicy(pin_memory=kind == "cuda") if offload == "cpu" else OffloadPolicy()
+        sent = torch.bfloat16 if self.config.gather == "bf16" else None
+        policies: dict[str, Any] = {
+            # what enters a module stays as it is: log-mel energies lose too much, and products are under autocast
+            "mp_policy": MixedPrecisionPolicy(sent, reduce_dtype=torch.float32, cast_forward_inputs=False),
+            # pinned memory is for copies to a device
+            "offload_policy": CPUOffloadPolicy(pin_memory=kind == "cuda") if offload == "cpu" else OffloadPolicy(),
+        }
         for unit in (*model.encoder.blocks, model.predictor, model.joiner, model):
-            fully_shard(unit, mesh=mesh, reshard_after_forward=gather_again, offload_policy=policy)
+            fully_shard(unit, mesh=mesh, reshard_after_forward=gather_again, **policies)
+
+    def no_sync(self) -> contextlib.AbstractContextManager[object]:
+        """Within, whole gradients are added up without a word to other processes; shares always are brought together,
+        since whole ones would take the memory that was to be saved."""
+        return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) else contextlib.nullcontext()
+
+    def average_gradients(self) -> None:
+        """Bring together what `no_sync` has added up, where no other backward pass does it."""
+        if isinstance(self.forward, DistributedDataParallel):
+            for gradient in self._gradients():
+                dist.all_reduce(gradient)
+                gradient.div_(self.ranks.size)
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply all gradients."""
+        torch._foreach_mul_(self._gradients(), factor)
+
+    def _gradients(self) -> list[Tensor]:
+        """This process's part of each gradient."""
+        gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
+        return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
 
     def clip_grad_norm(self, most: float) -> float:
         """Scale gradients down to this global norm; the norm before."""
@@ -87,28 +120,34 @@ class Parallel:
         """The model's state, whole, on every process; all of them must call it."""
         return whole(self.model.state_dict())
 
-    def optimizer_state(self) -> dict[str, Any] | None:
-        """The optimizer's state dict, whole, the same for any number of processes; all must call it. None where it is
-        not known: it is on the first."""
-        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
-            self.optimizer.consolidate_state_dict(to=0)
-            return self.optimizer.state_dict() if self.ranks.first else None
-        return whole(self.optimizer.state_dict())
+    def _own_optimizer(self) -> torch.optim.Optimizer:
+        """Of all parameters, or of those whose optimizer state this process has."""
+        return self.optimizer.optim if isinstance(self.optimizer, ZeroRedundancyOptimizer) else self.optimizer
 
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Whole tensors into the model."""
-        self.model.load_state_dict(shared_like(weights, self.model.state_dict()))
+    def _names(self) -> dict[nn.Parameter, str]:
+        return {value: name for name, value in self.model.state_dict(keep_vars=True).items()}
 
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """A whole state dict into the optimizer."""
-        if self.sharded:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            moments = {
-                number: {name: _share(x, parameters[number]) for name, x in entry.items()}
-                for number, entry in state["state"].items()
-            }
-            state = {**state, "state": moments}
-        self.optimizer.load_state_dict(state)
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """What this process has of the optimizer's state, by name of the parameter; no copies."""
+        state = self._own_optimizer().state
+        return {name: dict(state[p]) for p, name in self._names().items() if p in state}
+
+    def new_optimizer_state(self, like: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Gives the optimizer new state without numbers; what this process has of it, as `optimizer_state`.
+
+        Args:
+            like: shapes and types, by name of the parameter; state of the parameter's own shape is shared out as it is.
+        """
+        own, names = self._own_optimizer(), self._names()
+        own.state.clear()
+        for parameter in (p for group in own.param_groups for p in group["params"]):
+            if names[parameter] in like:
+                entries = like[names[parameter]].items()
+                mapped = self._mapped.get(parameter, {})
+                own.state[parameter] = {
+                    name: mapped[name] if name in mapped else _empty(value, parameter) for name, value in entries
+                }
+        return self.optimizer_state()
 
 
 def _mesh(kind: str, size: int, replicas: int) -> DeviceMesh:
@@ -128,14 +167,35 @@ def whole(tree: Any) -> Any:
     return tree
 
 
-def shared_like(weights: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors, each shared out as the one of its name is."""
-    return {name: _share(value, like[name]) for name, value in weights.items()}
+def fill(tensors: dict[str, Tensor], path: Path, outlined: dict[str, Any]) -> None:
+    """Copies the numbers of a checkpoint into whole tensors and shares, in place; of a folder, only theirs are read.
+
+    Args:
+        tensors: by their path in the checkpoint.
+        path: of the checkpoint.
+        outlined: what `checkpoint.outline` gave.
+
+    Raises:
+        CheckpointError: one of them is not there or cannot be read.
+    """
+    if path.is_dir():
+        checkpoint_folder.fill(path, tensors)
+        return
+    _, whole = checkpoint_folder.split(outlined)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(_share(whole[name], tensor))
 
 
-def _share(value: Any, like: Tensor) -> Any:
-    """A whole tensor shared out as another of its shape; anything else as it is."""
-    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
-        return value
-    # every process has the whole tensor: nothing is sent
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+def _empty(like: Tensor, parameter: Tensor) -> Tensor:
+    """Of the type and shape of ``like``, laid out as the parameter if that has the shape."""
+    if like.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=like.dtype, requires_grad=False)
+    return torch.empty(like.shape, dtype=like.dtype, device=parameter.device)
+
+
+def _share(whole: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every process has, shared out as another is; nothing is sent."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

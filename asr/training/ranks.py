@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,21 +14,33 @@ import torch.distributed as dist
 
 from asr.errors import UserError
 
+LONG_S = 24 * 3600.0
+"""How long processes wait for each other where each may have hours of work; torchrun ends all when one is lost."""
 NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of the run; one alone without torchrun."""
+    """This process among all of the run; one alone without torchrun. ``store`` holds what several tell each other."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    store: dist.Store | None = field(default=None, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
         """Whether this process writes files and speaks for all."""
         return self.rank == 0
+
+    def rows(self, values: Sequence[float]) -> list[list[float]]:
+        """The values of each process, as many on all, in float64; all of them must call it."""
+        if self.size == 1:
+            return [list(values)]
+        everyone = torch.empty(self.size * len(values), dtype=torch.float64)
+        dist.all_gather_into_tensor(everyone, torch.tensor(values, dtype=torch.float64))
+        rows: list[list[float]] = everyone.view(self.size, -1).tolist()
+        return rows
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over all processes, in float64; all of them must call it."""
@@ -42,6 +53,14 @@ class Ranks:
     def any(self, value: bool) -> bool:
         """Whether it is true on one of the processes; all of them must call it."""
         return self.sum([float(value)])[0] > 0
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """Those of all processes, by rank, on the first; nothing on the others. Pickled; all of them must call it."""
+        if self.size == 1:
+            return values
+        parts: list[Any] | None = [None] * self.size if self.first else None
+        dist.gather_object(values, parts, dst=0)
+        return [value for part in parts or [] for value in part]
 
     def wait(self) -> None:
         """Wait for all processes."""
@@ -113,21 +132,23 @@ def place(environment: Mapping[str, str] | None = None) -> Ranks:
     return ranks
 
 
-def torchrun(processes: int, restarts: int, *words: str) -> list[str]:
-    """The command that runs `asr train` with these words on processes of this machine.
-
-    After the loss of a process all start anew from the newest checkpoint, at most so often.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*command, "--max-restarts", str(restarts), "-m", "asr.cli.train", *words]
-
-
 def rank_device(device: str, ranks: Ranks) -> str:
     """The device of this process: "cuda" of several processes is the one of their local number."""
     if device != "cuda" or ranks.size == 1:
         return device
     torch.cuda.set_device(ranks.local_rank)
     return f"cuda:{ranks.local_rank}"
+
+
+@contextmanager
+def one_speaks(ranks: Ranks) -> Iterator[None]:
+    """Of errors in several processes only the first passes: others are the same, or follow from its end."""
+    try:
+        yield
+    except Exception:
+        if ranks.store is None or ranks.store.add("failed", 1) == 1:
+            raise
+        raise SystemExit(2) from None
 
 
 @contextmanager
@@ -148,14 +169,15 @@ def started(device: str, timeout_s: float) -> Iterator[Ranks]:
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks.size, serves, timeout=timeout
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = dist.PrefixStore(f"attempt {attempt}", store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
-        store=dist.PrefixStore(f"attempt {attempt}", store),
+        store=own,
         rank=ranks.rank,
         world_size=ranks.size,
         timeout=timeout,
     )
     try:
-        yield ranks
+        yield replace(ranks, store=own)
     finally:
         dist.destroy_process_group()

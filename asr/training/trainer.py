@@ -18,26 +18,28 @@ import torch
 from torch import Tensor
 
 from asr import checkpoint
+from asr.checkpoint_folder import split
 from asr.config import Experiment, dump
 from asr.data.batch import Batch
-from asr.data.fbank import FRAME_SHIFT_MS
 from asr.data.features import FeatureStats
 from asr.data.loader import BatchLoader, DataConfig, eval_loader, explain_dead_worker, train_loader
 from asr.data.tokenizer import Tokenizer
 from asr.environment import cpu
-from asr.errors import Terminated, UserError
+from asr.errors import CheckpointError, Terminated, UserError
 from asr.models.transducer import build_model, parameter_counts
-from asr.training.activations import checkpoint_activations, measure, within_budget
+from asr.training.activations import checkpoint_activations
 from asr.training.faults import BadBatches, Termination
-from asr.training.memory import keep_freed_memory
+from asr.training.memory_plan import plan_memory
 from asr.training.metrics import MetricsWriter, ProgressLine, clock
-from asr.training.offload import map_optimizer_state
 from asr.training.optim import WeightAverage
-from asr.training.parallel import Parallel, shared_like, whole
-from asr.training.precision import autocast, resolve_precision
+from asr.training.parallel import Parallel, fill, whole
+from asr.training.pieces import Pieces
+from asr.training.precision import override_precision, resolve_precision
 from asr.training.ranks import Ranks
+from asr.training.sharded_checkpoint import FolderSaver
 from asr.training.step import Progress, Stepper, seed_of
 from asr.training.validation import Validation, validate
+from asr.training.watchdog import Watchdog
 
 
 @dataclass
@@ -98,10 +100,13 @@ class Trainer:
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"--device {device}: this machine has no usable CUDA device; use --device cpu")
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self.command = command or shlex.join(sys.argv)
         self.precision = resolve_precision(self.config.precision, self.device)
+        if experiment.parallel.gather != "fp32" and experiment.parallel.gather != self.precision:
+            raise UserError(
+                f"parallel.gather={experiment.parallel.gather} needs products of that format, training.precision is "
+                f"{self.precision} here; set both to bf16, or leave gather at fp32"
+            )
         self.checkpoints = self.out_dir / "checkpoints"
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.line = ProgressLine(quiet=not self.ranks.first)
@@ -113,37 +118,55 @@ class Trainer:
             None if stats is None else torch.as_tensor(stats.mean),
             None if stats is None else torch.as_tensor(stats.scale),
         ).to(self.device)
-        checkpoint_activations(self.model.encoder, self._checkpointing())
+        memory = plan_memory(
+            experiment,
+            self.model,
+            data.train_cuts,
+            data.tokenizer,
+            self.ranks,
+            self.device,
+            self.precision,
+            self.line.say,
+        )
+        self._decoding_s = memory.decoding_s
+        checkpoint_activations(self.model.encoder, memory.modes)
+        override_precision(self.model, self.config.precision_overrides, self.device)
         # a CTC head without its loss has no gradient
         unused = self.model.ctc_head is not None and experiment.loss.ctc_weight == 0
-        offload = experiment.memory.offload
-        self.parallel = Parallel(self.model, experiment.parallel, experiment.optim, self.ranks, unused, offload)
-        if offload == "file":
-            map_optimizer_state(self.parallel.optimizer, self.out_dir / f"optimizer-rank{self.ranks.rank}")
+        self.parallel = Parallel(
+            self.model,
+            experiment.parallel,
+            experiment.optim,
+            self.ranks,
+            unused,
+            memory.offload,
+            self.out_dir / f"optimizer-rank{self.ranks.rank}",
+        )
+        self.saver: FolderSaver | None = None
+        if self.ranks.size > 1:
+            self.saver = FolderSaver(
+                self.ranks, self.config.keep_last, experiment.parallel.timeout_s, lambda text: self.line.say(text)
+            )
         self.ema = WeightAverage(self.model, self.config.ema_decay) if self.config.ema_decay > 0 else None
         total_s = self.config.max_epochs * _epoch_seconds(data.train_cuts, experiment.data)
         if total_s <= 0:
             raise UserError("the training cuts are empty; run prepare and features, and look at bad_rows.txt")
-        self.stepper = Stepper(experiment, self.parallel, self.ranks, self.device, self.precision, self.ema, total_s)
-
-    def _checkpointing(self) -> list[str]:
-        """Modes of the encoder's parts; of a budget, as the first process measures them on a full batch of cuts as long
-        as the longest."""
-        memory, blocks = self.experiment.memory, len(self.model.encoder.blocks)
-        if memory.checkpointing != "budget":
-            return [memory.checkpointing] * (1 + blocks)
-        most_s = self.experiment.data.max_duration_s
-        longest_s = min(most_s, max((cut.duration for cut in self.data.train_cuts), default=most_s))
-        size, frames = int(most_s // longest_s), max(7, round(1000 * longest_s / FRAME_SHIFT_MS))
-        modes, why = self.ranks.from_first(
-            lambda: within_budget(
-                measure(self.model.encoder, size, frames, partial(autocast, self.precision, self.device)),
-                blocks,
-                memory.activation_budget,
-            )
+        suffix = f"-rank{self.ranks.rank}" if self.ranks.size > 1 else ""
+        pieces = Pieces(self.out_dir / "memory", experiment.memory.lower_after, suffix=suffix)
+        if memory.pieces is not None:
+            costs, limit = memory.pieces
+            pieces = Pieces(self.out_dir / "memory", experiment.memory.lower_after, costs.cost, limit, suffix)
+        self.stepper = Stepper(
+            replace(experiment, loss=memory.loss),
+            self.parallel,
+            self.ranks,
+            self.device,
+            self.precision,
+            self.ema,
+            total_s,
+            pieces,
         )
-        self.line.say(why)
-        return modes
+        self.watchdog = Watchdog(self.ranks, experiment.parallel, self.out_dir / "hangs")
 
     @property
     def progress(self) -> Progress:
@@ -159,26 +182,41 @@ class Trainer:
     def save(self) -> Path:
         """Writes the next step checkpoint, then removes old ones; a failure in between loses nothing.
 
-        The file is the same for any number of processes, and any number goes on from it.
+        One process writes a file. Several begin to write a folder together and go on; `FolderSaver` says what fails.
+        Any number goes on from either.
         """
-        path = self.checkpoints / checkpoint.step_name(self.progress.step)
-        weights, optimizer = self.parallel.weights(), self.parallel.optimizer_state()
-        ema = None if self.ema is None else whole(self.ema.weights)
-
-        def write() -> None:
-            payload = checkpoint.make_payload(
-                weights,
-                self.experiment,
-                self.data.tokenizer,
-                step=self.progress.step,
-                epoch=self.progress.epoch,
-                training={"optimizer": optimizer, "ema": ema, "progress": vars(self.progress)},
-            )
+        progress = self.progress
+        ema = None if self.ema is None else self.ema.weights
+        payload = checkpoint.make_payload(
+            self.model.state_dict(),
+            self.experiment,
+            self.data.tokenizer,
+            step=progress.step,
+            epoch=progress.epoch,
+            training={"optimizer": self.parallel.optimizer_state(), "ema": ema, "progress": dict(vars(progress))},
+        )
+        if self.saver is None:
+            path = self.checkpoints / checkpoint.step_name(progress.step)
             checkpoint.atomic_save(payload, path)
             checkpoint.prune(self.checkpoints, self.config.keep_last)
-
-        self.ranks.from_first(write)
+        else:
+            path = self.checkpoints / checkpoint.step_name(progress.step, "")
+            self.saver.save(payload, path)
         return path
+
+    def _save_in_time(self) -> Path:
+        with self.watchdog.patience():
+            return self.save()
+
+    def _saved(self) -> None:
+        """Waits for the last checkpoint.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self.saver is not None:
+            with self.watchdog.patience():
+                self.saver.close()
 
     def resume(self, path: Path) -> None:
         """Continues exactly after the step that ``path`` was written at.
@@ -186,27 +224,25 @@ class Trainer:
         Raises:
             CheckpointError: unreadable, of another model or tokenizer, or without optimizer state.
         """
-        payload = checkpoint.read(path)
-        if "training" not in payload:
-            raise checkpoint.CheckpointError(f"{path} holds weights only; resume from a file in checkpoints/")
-        checkpoint.check_weights(self.model, payload["model"], f"checkpoint {path}")
-        self.parallel.load_weights(payload["model"])
-        if checkpoint.tokenizer_of(payload).to_state() != self.data.tokenizer.to_state():
-            raise checkpoint.CheckpointError(
+        if path.is_dir():
+            self.ranks.from_first(lambda: checkpoint.verify(path))
+        found = checkpoint.outline(path)
+        if "training" not in found:
+            raise CheckpointError(f"{path} holds weights only; resume from a checkpoint in checkpoints/")
+        checkpoint.check_weights(self.model, found["model"], f"checkpoint {path}")
+        if checkpoint.tokenizer_of(found).to_state() != self.data.tokenizer.to_state():
+            raise CheckpointError(
                 f"checkpoint {path} was trained with another tokenizer of the same size; pass that one"
             )
-        variable = ("params", "lr")
-        settings = [
-            {k: v for k, v in group.items() if k not in variable} for group in self.parallel.optimizer.param_groups
-        ]
-        self.parallel.load_optimizer_state(payload["training"]["optimizer"])
-        for group, own in zip(self.parallel.optimizer.param_groups, settings, strict=True):
-            group.update(own)  # the configuration decides, not what it was when the checkpoint was written
-        if self.ema is not None:
-            ema = payload["training"]["ema"]
-            ema = payload["model"] if ema is None else ema  # turned on later: starts from these weights
-            self.ema.load(shared_like(ema, self.ema.weights))
-        self.stepper.progress = Progress(**payload["training"]["progress"])
+        state: dict[str, Any] = {"optimizer": self.parallel.new_optimizer_state(found["training"]["optimizer"])}
+        averaged = found["training"]["ema"] is not None
+        if self.ema is not None and averaged:
+            state["ema"] = self.ema.weights
+        _, tensors = split({"model": self.model.state_dict(), "training": state})
+        fill(tensors, path, found)
+        if self.ema is not None and not averaged:  # turned on later: starts from these weights
+            self.ema.load(self.model.state_dict())
+        self.stepper.progress = Progress(**found["training"]["progress"])
         self.line.say(f"resumed from {path}: epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1}")
 
     # -- validation ---------------------------------------------------------------------------------------------------
@@ -214,17 +250,18 @@ class Trainer:
     def validate(self, metrics: MetricsWriter, stop: Termination) -> Validation:
         """Validates the averaged weights where there are any, and keeps them as best.pt when they are.
 
-        The first process does it, while the others wait.
+        Each process takes its share of the cuts.
 
         Raises:
             Terminated: SIGTERM came; nothing was recorded.
         """
         weights = self.parallel.weights() if self.ema is None else whole(self.ema.weights)
-        result: Validation = self.ranks.from_first(lambda: self._judge(weights, metrics, stop))
+        result = self._judge(weights, metrics, stop)
         progress = self.progress
         if result.rank < (progress.best_errors, progress.best_loss):
             progress.best_errors, progress.best_loss = result.rank
-            self.ranks.from_first(lambda: self._save_best(weights))
+            with self.watchdog.patience():
+                self.ranks.from_first(lambda: self._save_best(weights))
         return result
 
     def _judge(self, weights: dict[str, Tensor], metrics: MetricsWriter, stop: Termination) -> Validation:
@@ -235,9 +272,14 @@ class Trainer:
             self.data.valid_cuts,
             self.data.tokenizer,
             self.experiment.data,
-            max_duration_s=self.experiment.decoding.batch_duration_s,
+            max_duration_s=self._decoding_s,
+            rank=self.ranks.rank,
+            size=self.ranks.size,
         )
-        result = validate(model, stop.watch(loader), self.data.tokenizer, self.experiment, self.device)
+        batches = self._together(loader, stop)
+        result = self.stepper.computing.call(
+            partial(validate, model, batches, self.data.tokenizer, self.experiment, self.device, ranks=self.ranks)
+        )
         progress = self.progress
         metrics.write(
             "valid",
@@ -254,6 +296,15 @@ class Trainer:
             f" [{result.errors} / {result.words}]"
         )
         return result
+
+    def _together(self, loader: BatchLoader, stop: Termination) -> Iterator[Batch]:
+        """The same batches, with a look for signals after each: a pass over many of them outlasts the grace of most
+        schedulers. A process whose share is used up looks on with the others."""
+        batches = iter(loader)
+        while self.ranks.any((batch := next(batches, None)) is not None):
+            if batch is not None:
+                yield batch
+            self._check(stop)
 
     def _save_best(self, weights: dict[str, Tensor]) -> None:
         payload = checkpoint.make_payload(
@@ -294,24 +345,30 @@ class Trainer:
         metrics = self._begin() if self.ranks.first else MetricsWriter(None, False)
         # files are as the first process leaves them before any other looks
         self.ranks.wait()
+        say = self.line.say if self.ranks.first else lambda text: print(f"rank {self.ranks.rank}: {text}", flush=True)
+        self.stepper.say = say
+        self.stepper.record = lambda **fields: metrics.write("out_of_memory", **fields)
         bad = BadBatches(
             self.out_dir / "bad_batches",
             self.config.max_bad_batches,
             self.progress.bad_batches,
             lambda **fields: metrics.write("bad_batch", **fields),
-            self.line.say if self.ranks.first else lambda text: print(f"rank {self.ranks.rank}: {text}", flush=True),
+            say,
             f"-rank{self.ranks.rank}" if self.ranks.size > 1 else "",
         )
         saved = next(reversed(checkpoint.step_checkpoints(self.checkpoints)), None)
         reason, best = "failed", None
+        self.watchdog.start()
         try:
             while not self._finished():
                 self._epoch(bad, metrics, stop)
                 best = self._close_epoch(metrics, stop) or best
-                saved = self.save()
+                saved = self._save_in_time()
+            self._saved()
             reason = "finished"
         except Terminated:
-            saved = self.save()
+            saved = self._save_in_time()
+            self._saved()
             reason = "terminated"
             signal_name = "interrupted" if stop.interrupted else "SIGTERM"
             self.line.say(f"{signal_name}: saved {saved}; continue with --resume auto")
@@ -322,8 +379,11 @@ class Trainer:
                 raise
             raise explained from error
         finally:
+            self.watchdog.stop()
             metrics.write("end", step=self.progress.step, reason=reason, time_s=self.progress.time_s)
             metrics.close()
+            if self.saver is not None:
+                self.saver.wait()  # also where the run failed: processes that end would leave it half-written
         return TrainResult(reason, self.progress.step, self.progress.epoch, saved, best)
 
     def _begin(self) -> MetricsWriter:
@@ -401,10 +461,12 @@ class Trainer:
                 f" lr {record['lr']:.1e} norm {record['grad_norm']:.2f} {speed:.0f} audio s/s ETA {clock(left_s)}"
             )
             self._check(stop)
+            if self.saver is not None:
+                self.saver.poll()
             if self._at_step_limit():
                 break
             if progress.step % self.config.checkpoint_every_steps == 0:
-                self.save()
+                self._save_in_time()
                 mark = time.monotonic()
         self._check(stop)
 
@@ -434,7 +496,7 @@ def find_resume(resume: str, out_dir: Path, say: Any = print) -> Path | None:
         folder = Path(out_dir) / "checkpoints"
         newest = checkpoint.newest_good(folder, say)
         if newest is None and checkpoint.step_checkpoints(folder):
-            raise checkpoint.CheckpointError(f"all checkpoints in {folder} are damaged; --resume none starts anew")
+            raise CheckpointError(f"all checkpoints in {folder} are damaged; --resume none starts anew")
         return newest
     return Path(resume)
 

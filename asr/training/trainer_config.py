@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from asr.errors import UserError
+from losses.memory import parse_limit
 
 
 @dataclass
@@ -17,7 +18,9 @@ class TrainingConfig:
         max_steps: stops after this many optimizer steps; 0 is no such limit.
         accumulation: batches whose gradients are added up before a step.
         normalize: what a step's summed loss is divided by, counted over all its batches: "tokens" or "utterances".
-        precision: "fp32", "bf16" (autocast), or "auto": bf16 where the device computes it natively, else fp32.
+        precision: of matrix products: "fp32", "bf16", "fp16" (both autocast; the latter with a scaled loss), or "auto":
+            bf16 where the device computes it natively, else fp32. Weights, their gradients and the lattice are float32.
+        precision_overrides: of modules by name, like {encoder.subsampling: fp32}.
         chunk_frames: chunk sizes in encoder frames of 40 ms, one drawn for each batch; 0 is full context.
         ema_decay: decay of the exponential moving average of the weights; 0 is off.
         log_every_steps: steps between two lines of metrics.
@@ -32,7 +35,8 @@ class TrainingConfig:
     max_steps: int = 0
     accumulation: int = 1
     normalize: Literal["tokens", "utterances"] = "tokens"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision_overrides: dict[str, Literal["fp32", "bf16", "fp16"]] = field(default_factory=dict)
     chunk_frames: list[int] = field(default_factory=lambda: [0])
     ema_decay: float = 0.999
     log_every_steps: int = 10
@@ -66,7 +70,12 @@ class ParallelConfig:
         replicas: of zero 2 and 3: groups of processes, each of which holds the whole model between them (HSDP); as a
             rule the number of machines, since gathered weights then stay within a machine. Divides the number of
             processes.
+        gather: number format in which zero 2 and 3 send weights to each other for the forward and backward pass: "bf16"
+            halves what is sent; shares, gradients and their sums stay float32. Needs training.precision bf16.
         timeout_s: seconds that a process waits for the others before it gives up.
+        hang_timeout_s: seconds without progress after which a process that the others wait for is named with its stack,
+            and all are ended; longer than any step, also the first, which compiles. Writing a checkpoint may take 0.9
+            timeout_s. 0 is off.
         tensor: processes that share each layer; only 1 exists.
         pipeline: processes that share the layers; only 1 exists.
         time: processes that share an utterance; only 1 exists.
@@ -74,7 +83,9 @@ class ParallelConfig:
 
     zero: Literal[0, 1, 2, 3] = 0
     replicas: int = 1
+    gather: Literal["fp32", "bf16"] = "fp32"
     timeout_s: float = 1800.0
+    hang_timeout_s: float = 600.0
     tensor: int = 1
     pipeline: int = 1
     time: int = 1
@@ -93,8 +104,19 @@ class ParallelConfig:
                 f"parallel.replicas={self.replicas} needs gradients that are shared out, parallel.zero=2 or 3; "
                 f"zero={self.zero} repeats them on every process: leave replicas at 1"
             )
+        if self.gather != "fp32" and self.zero < 2:
+            raise ValueError(
+                f"parallel.gather={self.gather} is about weights that are shared out, parallel.zero=2 or 3; zero="
+                f"{self.zero} sends none: leave it at fp32"
+            )
         if not self.timeout_s > 0:
             raise ValueError(f"parallel.timeout_s={self.timeout_s} must be above 0")
+        if not 0 <= self.hang_timeout_s <= self.timeout_s:
+            nearest = 0 if self.hang_timeout_s < 0 else self.timeout_s
+            raise ValueError(
+                f"parallel.hang_timeout_s={self.hang_timeout_s} is outside [0, {self.timeout_s}], up to "
+                f"parallel.timeout_s; the nearest that does is {nearest} (0 is off)"
+            )
 
     def check(self, size: int, offload: str = "none") -> None:
         """Refuse what so many processes cannot do, also with ``memory.offload``.
@@ -126,6 +148,9 @@ class MemoryConfig:
     """What a step keeps in memory, and what it computes again instead.
 
     Args:
+        limit: memory of each process, such as "8GiB": on CPU what is resident, without the pages of files; on CUDA what
+            torch allocates. Before training starts, batches in pieces, the loss's own limit, checkpointing and offload
+            are tried on the longest utterance, and what takes the least time within the limit is chosen; null is none.
         checkpointing: of the encoder (Chen et al. 2016): "none" keeps all; "selective" keeps the results of matrix
             products, convolutions and attention, and computes norms, activations and dropout again; "full" keeps what
             enters each block, and computes the rest again, block by block; "budget" gives each block one of these.
@@ -135,15 +160,26 @@ class MemoryConfig:
         offload: "cpu" keeps the shares of weights, gradients and optimizer state in CPU memory (parallel.zero 2 and 3
             of several processes); "file" keeps AdamW's moments in a memory-mapped file in the output folder, of which
             the system takes out of memory what it needs room for. Results are the same to the bit.
+        lower_after: a batch that memory does not hold is split and tried again; after every so many of those, larger
+            pieces than it did hold are not tried any more.
     """
 
+    limit: str | None = None
     checkpointing: Literal["none", "selective", "full", "budget"] = "none"
     activation_budget: float = 0.5
     offload: Literal["none", "cpu", "file"] = "none"
+    lower_after: int = 3
 
     def __post_init__(self) -> None:
         if not 0 < self.activation_budget <= 1:
             raise ValueError(f"memory.activation_budget={self.activation_budget} is outside (0, 1]; 1 keeps all")
+        if self.limit is not None:
+            try:
+                parse_limit(self.limit)
+            except ValueError as error:
+                raise ValueError(f"memory.limit: {str(error).removeprefix('memory_limit=')}") from None
+        if self.lower_after < 1:
+            raise ValueError(f"memory.lower_after={self.lower_after} must be at least 1")
 
 
 @dataclass

@@ -15,6 +15,7 @@ from asr.data.tokenizer import Tokenizer
 from asr.decoding import SEARCHES
 from asr.decoding.decode import evaluation_mode
 from asr.models.transducer import LossConfig, Transducer
+from asr.training.ranks import Ranks
 
 if TYPE_CHECKING:  # asr.config imports asr.training
     from asr.config import Experiment
@@ -47,8 +48,12 @@ def validate(
     experiment: Experiment,
     device: torch.device,
     chunk_frames: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Validation:
-    """One pass over ``batches``; the model's mode is restored afterwards."""
+    """One pass over ``batches``; the model's mode is restored afterwards.
+
+    Of several processes each has its share of the batches, and all get the result over all.
+    """
     total, tokens, errors, words = 0.0, 0, 0, 0
     decoding = experiment.decoding
     search = SEARCHES[decoding.search]
@@ -63,4 +68,6 @@ def validate(
                 reference = text.split()
                 errors += edit_distance(reference, tokenizer.decode(hypothesis.tokens).split())["total"]
                 words += len(reference)
+    total, *counts = (ranks or Ranks()).sum([total, tokens, errors, words])
+    tokens, errors, words = map(round, counts)
     return Validation(total / max(tokens, 1), errors, words)

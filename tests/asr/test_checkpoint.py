@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from asr import checkpoint
-from asr.checkpoint import FORMAT_VERSION, CheckpointError, atomic_save
+from asr.checkpoint import FORMAT_VERSION, atomic_save
 from asr.config import Experiment
 from asr.data.tokenizer import Tokenizer, TokenizerConfig
+from asr.errors import CheckpointError
 from asr.models.transducer import Transducer, build_model
 from tests.asr.training.runs import TOKENIZER, differences, experiment
 

@@ -224,8 +224,9 @@ CHANGED = [
     "loss={ctc_weight: 0.3, method: pruned, prune_range: 4, simple_warmup: 0.25, memory_limit: 2GB}",
     "optim={lr: 0.000123456789, betas: [0.5, 0.75], schedule: noam, eps: 1e-12}",
     "training={accumulation: 2, normalize: utterances, precision: bf16, chunk_frames: [0, 8, 16], tensorboard: false}",
-    "parallel={zero: 3, replicas: 2, timeout_s: 60}",
-    "memory={checkpointing: budget, activation_budget: 0.25, offload: file}",
+    "training.precision_overrides={joiner: fp32}",
+    "parallel={zero: 3, replicas: 2, timeout_s: 60, gather: bf16, hang_timeout_s: 30}",
+    "memory={checkpointing: budget, activation_budget: 0.25, lower_after: 2, limit: 8GiB, offload: file}",
     "average={last: [], ema: false}",
     "decoding.max_symbols_per_frame=3",
 ]

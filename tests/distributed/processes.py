@@ -33,10 +33,19 @@ def together(size: int, function: Callable[..., None], *arguments: Any) -> None:
     if size == 1:
         function(Ranks(), *arguments)
         return
+    context = start(size, function, *arguments)
+    while not context.join():
+        pass
+
+
+def start(size: int, function: Callable[..., None], *arguments: Any) -> torch.multiprocessing.ProcessContext:
+    """Begins to call function(ranks, *arguments) in so many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_child, (size, port, function, arguments), nprocs=size)
+    context = torch.multiprocessing.spawn(_child, (size, port, function, arguments), nprocs=size, join=False)
+    assert context is not None
+    return context
 
 
 def sgd_steps(ranks: Ranks, cases: dict[str, list[str]], steps: int, data: Path, out: Path) -> None:

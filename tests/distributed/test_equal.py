@@ -8,11 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from asr.checkpoint import step_checkpoints
-from asr.training.parallel import whole
-from asr.training.ranks import Ranks
 from losses import LOSSES
-from tests.asr.training.runs import differences, experiment, make_trainer, newest, read_data, records
+from tests.asr.training.runs import newest, records
 from tests.distributed.processes import runs, sgd_steps, together
 
 STEPS = 3
@@ -37,6 +34,9 @@ def test_steps_equal_those_of_one_process(size: int, data: Path, tmp_path: Path)
         "fp32-utterances": ["training.normalize=utterances"],
         **{f"fp32-{method}": [f"loss.method={method}"] for method in LOSSES if method != "fused"},
         "bf16-fused": ["training.precision=bf16"],
+        "bf16-pruned": ["training.precision=bf16", "loss.method=pruned"],
+        "fp16-fused": ["training.precision=fp16"],
+        "fp32-override": ["training.precision=bf16", "training.precision_overrides={encoder: fp32, joiner: fp32}"],
         "fp32-unused-ctc": ["model.ctc=true"],
         "fp32-full": ["memory.checkpointing=full"],
         "fp32-selective": ["memory.checkpointing=selective"],
@@ -47,7 +47,14 @@ def test_steps_equal_those_of_one_process(size: int, data: Path, tmp_path: Path)
     if size == 4:
         ways["hsdp"] = ["parallel.zero=3", "parallel.replicas=2"]
         kinds = {name: kinds[name] for name in ("fp32-fused", "fp32-pruned")}
-    cases = {f"{k}-{w}": spread(size, *kinds[k], *ways[w]) for k in kinds for w in ways}
+    else:
+        ways["gather"] = ["parallel.zero=3", "parallel.gather=bf16"]
+    cases = {
+        f"{k}-{w}": spread(size, *kinds[k], *ways[w])
+        for k in kinds
+        for w in ways
+        if w != "gather" or k.startswith("bf16")
+    }
     (tmp_path / "one").mkdir()
     (tmp_path / "many").mkdir()
     together(1, sgd_steps, {k: spread(1, *kinds[k]) for k in kinds}, STEPS, data, tmp_path / "one")
@@ -62,7 +69,10 @@ def test_steps_equal_those_of_one_process(size: int, data: Path, tmp_path: Path)
             assert {k for k in left if left[k] is None} == {k for k in right if right[k] is None}
             expected = {k: v for k, v in left.items() if v is not None}
             relative = 1e-5 if kind.startswith("fp32") else 1e-3
+            norm = expected.pop("grad_norm")
             assert {k: right[k] for k in expected} == pytest.approx(expected, rel=relative), name
+            # biases and norms are rounded too where they are sent in bf16
+            assert right["grad_norm"] == pytest.approx(norm, rel=5e-3 if way == "gather" else relative), name
         shares = {"zero0": 1, "hsdp": size // 2}.get(way, size)
         assert many["share"] <= 1.1 * one["share"] / shares
 
@@ -92,27 +102,3 @@ def test_a_run_goes_on_with_another_number_of_processes(data: Path, tmp_path: Pa
         for one, many in zip(records(tmp_path / "whole", "train"), records(tmp_path / name, "train"), strict=True):
             assert many["batch_seconds"] == pytest.approx(one["batch_seconds"]) and many["batch"] == one["batch"]
             assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
-
-
-def test_a_checkpoint_is_the_same_on_any_number_of_processes(data: Path, tmp_path: Path) -> None:
-    """4 processes, 2, 1: each only reads and writes again, at a step limit that lies behind; nothing changes."""
-    settings = [*COMMON, "training.max_steps=2", "training.max_epochs=1"]
-    together(1, runs, {"run": settings}, data, tmp_path)
-    path = step_checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    want = newest(tmp_path / "run")
-    for size, zero in ((4, 3), (2, 1), (2, 2), (1, 0)):
-        together(size, _rewrite, path, tmp_path / "again.pt", data, [*settings, f"parallel.zero={zero}"])
-        again = torch.load(tmp_path / "again.pt", weights_only=True)
-        assert differences(want["model"], again["model"]) == []
-        assert differences(want["training"]["optimizer"]["state"], again["optimizer"]["state"]) == []
-        assert differences(want["training"]["ema"], again["ema"]) == []
-
-
-def _rewrite(ranks: Ranks, path: Path, to: Path, data: Path, settings: list[str]) -> None:
-    trainer = make_trainer(experiment(*settings), read_data(data), to.parent / "rewritten", ranks)
-    trainer.resume(path)
-    weights, optimizer = trainer.parallel.weights(), trainer.parallel.optimizer_state()
-    assert trainer.ema is not None
-    ema = whole(trainer.ema.weights)
-    if ranks.first:
-        torch.save({"model": weights, "optimizer": optimizer, "ema": ema}, to)

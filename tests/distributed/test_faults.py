@@ -16,7 +16,8 @@ from asr.bench.kills import children
 from asr.checkpoint import step_checkpoints
 from asr.errors import Terminated, UserError
 from asr.training.faults import BadBatches, Termination, TooManyBadBatches
-from asr.training.ranks import Ranks, place, torchrun
+from asr.training.launch import torchrun
+from asr.training.ranks import Ranks, place
 from asr.training.trainer_config import ParallelConfig
 from tests.asr.training.runs import SETTINGS, experiment, make_trainer, newest, read_data, records, spoil, write_data
 from tests.distributed.processes import together
@@ -122,7 +123,7 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(data: Path, tmp_pat
 def command(data: Path, out: Path, *settings: str) -> list[str]:
     words = ["--out-dir", str(out), "--device", "cpu", "--train-cuts", str(data / "cuts_train.jsonl.gz")]
     words += ["--valid-cuts", str(data / "cuts_valid.jsonl.gz")]
-    return torchrun(2, 1, *words, *(f"--set={setting}" for setting in (*SETTINGS, *ALL_BATCHES, *settings)))
+    return torchrun(2, 1, "train", *words, *(f"--set={setting}" for setting in (*SETTINGS, *ALL_BATCHES, *settings)))
 
 
 def test_torchrun_trains_and_a_killed_worker_comes_back(data: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from asr.training.faults import BadBatches
+from asr.training.parallel import whole
 from asr.training.ranks import Ranks
 from tests.asr.training.runs import differences, experiment, make_trainer, newest, read_data
 from tests.distributed.processes import runs, together
@@ -40,12 +41,18 @@ def _inside(ranks: Ranks, data: Path, out: Path) -> None:
     trainer.model.train()
     batches, own = next(trainer._steps_of_epoch())
     trainer.step(batches, BadBatches(out, 0, 0, lambda **_: None, print), own)
-    moments = [
-        x.to_local() for state in trainer.parallel.optimizer.state.values() for x in state.values() if x.dim() > 0
-    ]
-    mapped = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if "optimizer-rank" in line]
-    (first, last), *others = [[int(x, 16) for x in line.split("-")] for line in mapped]
-    assert not others and moments and all(first <= x.data_ptr() < last for x in moments if x.numel())
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    (place,) = (line.split()[0].split("-") for line in lines if "optimizer-rank" in line)
+    first, last = (int(x, 16) for x in place)
+
+    def inside() -> bool:
+        state = trainer.parallel.optimizer.state.values()
+        shares = [x.to_local() for entry in state for x in entry.values() if x.dim() > 0]
+        return bool(shares) and all(first <= x.data_ptr() < last for x in shares if x.numel())
+
+    assert inside()
+    trainer.parallel.new_optimizer_state(whole(trainer.parallel.optimizer_state()))  # of a checkpoint
+    assert inside()
 
 
 def test_shares_lie_in_the_file(data: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_processes_that_fail_are_one_line(tmp_path: Path) -> None:
     words = command(tmp_path, "--stage", "train", "--stop-stage", "train")
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode != 0
-    assert "training on 2 processes ended with 1; the reason is printed above" in done.stderr
+    assert "training on 2 processes ended with 2; the reason is printed above" in done.stderr
     assert "tokenizer.json" in done.stderr
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from lhotse import CutSet
 
-from asr.checkpoint import step_checkpoints
+from asr.checkpoint import read, step_checkpoints
 from asr.config import Experiment, load_experiment
 from asr.data.features import FeatureConfig, compute_features
 from asr.data.tokenizer import Tokenizer, TokenizerConfig
@@ -90,7 +90,7 @@ def records(out: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 def newest(out: Path) -> dict[str, Any]:
     """The content of the newest checkpoint."""
-    return torch.load(step_checkpoints(out / "checkpoints")[-1], weights_only=True)
+    return read(step_checkpoints(out / "checkpoints")[-1])
 
 
 def state_of(out: Path) -> dict[str, Any]:

@@ -18,9 +18,10 @@ import torch
 
 import asr.training.trainer as trainer_module
 from asr import checkpoint
-from asr.checkpoint import CheckpointError, step_checkpoints
+from asr.checkpoint import step_checkpoints
 from asr.cli.main import main
 from asr.data.tokenizer import Tokenizer, TokenizerConfig
+from asr.errors import CheckpointError
 from asr.training import report
 from asr.training.trainer import TrainData, Trainer
 from tests.asr.data.speech import WORDS

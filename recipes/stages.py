@@ -293,7 +293,7 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
         overrides.append("data.strict=true")
     experiment = load_experiment([*([config] if config else []), *args.config], overrides)
     nodes = Nodes(args.nodes, args.node_rank, args.master)
-    experiment.parallel.check(args.nproc * nodes.count)
+    experiment.parallel.check(args.nproc * nodes.count, experiment.memory.offload)
     device = resolve_device(args.device)
     check_processes(args.nproc, device)
     corpus = CORPORA[name]

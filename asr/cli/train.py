@@ -79,7 +79,7 @@ def _train(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     with started(device, experiment.parallel.timeout_s) as ranks, one_speaks(ranks):
         device = rank_device(device, ranks)
-        experiment.parallel.check(ranks.size)
+        experiment.parallel.check(ranks.size, experiment.memory.offload)
         kept = args.out_dir / "tokenizer.json"
         path = args.tokenizer or (kept if kept.is_file() else None)
         cuts = load_cuts(args.train_cuts)

@@ -142,7 +142,9 @@ def _within_limit(probe: _Probe) -> tuple[MemoryPlan, str]:
     limit = parse_limit(experiment.memory.limit)
     least = math.inf
     modes = MODES[MODES.index(_given(experiment)) :]
-    for offload in dict.fromkeys((experiment.memory.offload, "file" if experiment.parallel.zero != 1 else "none")):
+    given = experiment.memory.offload
+    file_can = experiment.parallel.zero != 1 and probe.device.type == "cpu"
+    for offload in dict.fromkeys((given, "file" if file_can else given)):
         static = probe.static(offload)
         room = (1 - MARGIN) * limit - static
         for mode in modes:
@@ -231,10 +233,12 @@ class _Probe:
         config, size = self.experiment.parallel, self.ranks.size
         share = {level: 1 / (size // config.replicas) if config.zero >= level else 1.0 for level in (1, 2, 3)}
         weights, gradients, state = share[3], share[2], share[1]
+        if offload == "cpu" and self.device.type != "cpu":
+            weights = gradients = state = 0.0
         total = self.base - 2 * self.weights + self.weights * (weights + gradients)
         if self.experiment.training.ema_decay > 0:
             total += self.weights * weights
-        if offload == "none":
+        if offload != "file":
             total += 2 * self.weights * state
         if weights < 1:  # gathered: the largest unit that is, and the one after it
             total += 2 * max(_bytes(part) for part in (*self.parts, self.model.predictor, self.model.joiner))

@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from asr import checkpoint_folder
 from asr.models.transducer import Transducer
+from asr.training.offload import map_moments
 from asr.training.optim import OptimConfig, adamw_arguments, make_optimizer, parameter_groups
 from asr.training.ranks import Ranks
 from asr.training.trainer_config import ParallelConfig
@@ -39,21 +40,30 @@ class Parallel:
         optim: settings of the optimizer.
         ranks: the processes, which can talk to each other.
         unused: whether weights may be left out of a step.
+        offload: "cpu" keeps shares in CPU memory, "file" the optimizer's moments in a file.
+        file: of this process alone, for that.
 
     ``forward`` is what is called in place of the model.
     """
 
     def __init__(
-        self, model: Transducer, config: ParallelConfig, optim: OptimConfig, ranks: Ranks, unused: bool = False
+        self,
+        model: Transducer,
+        config: ParallelConfig,
+        optim: OptimConfig,
+        ranks: Ranks,
+        unused: bool = False,
+        offload: str = "none",
+        file: Path | None = None,
     ):
-        config.check(ranks.size)
+        config.check(ranks.size, offload)
         self.ranks, self.config = ranks, config
         self.model = model
         self.forward: nn.Module = model
         self.optimizer: torch.optim.Optimizer
         self.sharded = ranks.size > 1 and config.zero >= 2
         if self.sharded:
-            self._shard(model)
+            self._shard(model, offload)
         elif ranks.size > 1:
             # of weights with one input channel, whose strides say the same in two ways
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -63,17 +73,21 @@ class Parallel:
             self.optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adamw_arguments(optim))
         else:
             self.optimizer = make_optimizer(model, optim)
+        self._mapped = map_moments(self.optimizer, file) if offload == "file" and file is not None else {}
 
-    def _shard(self, model: Transducer) -> None:
+    def _shard(self, model: Transducer, offload: str) -> None:
         """Each encoder block, the predictor, the joiner and what is left are gathered on their own, when they run."""
-        mesh = _mesh(next(model.parameters()).device.type, self.ranks.size, self.config.replicas)
+        kind = next(model.parameters()).device.type
+        mesh = _mesh(kind, self.ranks.size, self.config.replicas)
         gather_again = self.config.zero == 3
+        # pinned memory is for copies to a device
+        offloaded = CPUOffloadPolicy(pin_memory=kind == "cuda") if offload == "cpu" else OffloadPolicy()
         for unit in (*model.encoder.blocks, model.predictor, model.joiner, model):
             # elsewhere, rounded biases move the loss of all cells at once; and what enters a module stays as it is,
             # since log-mel energies lose too much, and products are under autocast anyway
             sent = torch.bfloat16 if self.config.gather == "bf16" and unit in model.encoder.blocks else None
             policy = MixedPrecisionPolicy(sent, reduce_dtype=torch.float32, cast_forward_inputs=False)
-            fully_shard(unit, mesh=mesh, reshard_after_forward=gather_again, mp_policy=policy)
+            fully_shard(unit, mesh=mesh, reshard_after_forward=gather_again, mp_policy=policy, offload_policy=offloaded)
 
     def no_sync(self) -> contextlib.AbstractContextManager[object]:
         """Within, whole gradients are added up without a word to other processes; shares always are brought together,
@@ -128,7 +142,10 @@ class Parallel:
         for parameter in (p for group in own.param_groups for p in group["params"]):
             if names[parameter] in like:
                 entries = like[names[parameter]].items()
-                own.state[parameter] = {name: _empty(value, parameter) for name, value in entries}
+                mapped = self._mapped.get(parameter, {})
+                own.state[parameter] = {
+                    name: mapped[name] if name in mapped else _empty(value, parameter) for name, value in entries
+                }
         return self.optimizer_state()
 
 

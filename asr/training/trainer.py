@@ -133,7 +133,15 @@ class Trainer:
         override_precision(self.model, self.config.precision_overrides, self.device)
         # a CTC head without its loss has no gradient
         unused = self.model.ctc_head is not None and experiment.loss.ctc_weight == 0
-        self.parallel = Parallel(self.model, experiment.parallel, experiment.optim, self.ranks, unused)
+        self.parallel = Parallel(
+            self.model,
+            experiment.parallel,
+            experiment.optim,
+            self.ranks,
+            unused,
+            memory.offload,
+            self.out_dir / f"optimizer-rank{self.ranks.rank}",
+        )
         self.saver: FolderSaver | None = None
         if self.ranks.size > 1:
             self.saver = FolderSaver(

@@ -118,12 +118,23 @@ class ParallelConfig:
                 f"parallel.timeout_s; the nearest that does is {nearest} (0 is off)"
             )
 
-    def check(self, size: int) -> None:
-        """Refuse what so many processes cannot do.
+    def check(self, size: int, offload: str = "none") -> None:
+        """Refuse what so many processes cannot do, also with ``memory.offload``.
 
         Raises:
             UserError: which value, and the nearest that they can.
         """
+        if offload == "cpu" and (size == 1 or self.zero < 2):
+            raise UserError(
+                f"memory.offload=cpu moves what several processes share out with parallel.zero=2 or 3; this run has "
+                f"{size} process{'es' if size > 1 else ''} and zero={self.zero}: "
+                + ("set parallel.zero=3" if size > 1 else "choose memory.offload=file, or start several with torchrun")
+            )
+        if offload == "file" and self.zero == 1:
+            raise UserError(
+                "memory.offload=file does not go with parallel.zero=1, whose optimizer moves state between processes; "
+                "set parallel.zero=2"
+            )
         if size > 1 and size % self.replicas:
             nearest = max(n for n in range(1, self.replicas) if size % n == 0)
             raise UserError(
@@ -146,6 +157,9 @@ class MemoryConfig:
             Gradients are the same to the bit.
         activation_budget: of "budget": fraction of what the encoder keeps with "none", above 0 and at most 1. Each mode
             is measured at the start, and those that take the least time within it are chosen.
+        offload: "cpu" keeps the shares of weights, gradients and optimizer state in CPU memory (parallel.zero 2 and 3
+            of several processes); "file" keeps AdamW's moments in a memory-mapped file in the output folder, of which
+            the system takes out of memory what it needs room for. Results are the same to the bit.
         lower_after: a batch that memory does not hold is split and tried again; after every so many of those, larger
             pieces than it did hold are not tried any more.
     """
@@ -153,6 +167,7 @@ class MemoryConfig:
     limit: str | None = None
     checkpointing: Literal["none", "selective", "full", "budget"] = "none"
     activation_budget: float = 0.5
+    offload: Literal["none", "cpu", "file"] = "none"
     lower_after: int = 3
 
     def __post_init__(self) -> None:

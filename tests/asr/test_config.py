@@ -226,7 +226,7 @@ CHANGED = [
     "training={accumulation: 2, normalize: utterances, precision: bf16, chunk_frames: [0, 8, 16], tensorboard: false}",
     "training.precision_overrides={joiner: fp32}",
     "parallel={zero: 3, replicas: 2, timeout_s: 60, gather: bf16, hang_timeout_s: 30}",
-    "memory={checkpointing: budget, activation_budget: 0.25, lower_after: 2, limit: 8GiB}",
+    "memory={checkpointing: budget, activation_budget: 0.25, lower_after: 2, limit: 8GiB, offload: file}",
     "average={last: [], ema: false}",
     "decoding.max_symbols_per_frame=3",
 ]

@@ -138,6 +138,13 @@ def verify(path: Path) -> None:
     Raises:
         CheckpointError: see `read`.
     """
+    try:
+        _verify(path)
+    except CheckpointError as err:
+        raise CheckpointError(f"{err}{_neighbour(path)}") from None
+
+
+def _verify(path: Path) -> None:
     if path.is_dir():
         checkpoint_folder.verify(path)
         outline(path)
@@ -148,7 +155,7 @@ def verify(path: Path) -> None:
 def is_good(path: Path) -> bool:
     """Whether the checkpoint passes `verify`."""
     try:
-        verify(path)
+        _verify(path)
     except CheckpointError:
         return False
     return True
@@ -157,10 +164,17 @@ def is_good(path: Path) -> bool:
 def _neighbour(path: Path) -> str:
     """Names the newest other checkpoint of the folder that is whole, for the end of an error message."""
     others = {*path.parent.glob("*.pt"), *step_checkpoints(path.parent)}
-    for other in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True):
+    for other in sorted(others, key=_written_at, reverse=True):
         if other.name != path.name and is_good(other):
             return f"; {other} is whole, use that one"
     return ""
+
+
+def _written_at(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # pruned meanwhile
+        return 0
 
 
 def experiment_of(payload: dict[str, Any], source: str) -> Experiment:
@@ -241,14 +255,14 @@ def step_checkpoints(folder: Path) -> list[Path]:
     """The step checkpoints of a folder, oldest first."""
     found = [path for path in folder.glob("step-*") if path.suffix == ".pt" or not path.suffix and path.is_dir()]
     # a step has two when the run went on with another number of processes before the next one
-    return sorted(found, key=lambda path: (path.stem, path.stat().st_mtime_ns))
+    return sorted(found, key=lambda path: (path.stem, _written_at(path)))
 
 
 def newest_good(folder: Path, say: Any = print) -> Path | None:
     """The newest step checkpoint that is whole; damaged ones are named and passed over."""
     for path in reversed(step_checkpoints(folder)):
         try:
-            verify(path)
+            _verify(path)
         except CheckpointError as err:
             say(f"warning: {err}; trying the one before it")
             continue

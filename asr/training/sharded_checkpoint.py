@@ -69,7 +69,7 @@ class FolderWriter(FileSystemWriter):
         files[checkpoint_folder.METADATA] = checkpoint_folder.fingerprint(self.partial / checkpoint_folder.METADATA)
         checkpoint_folder.write_manifest(self.partial, self.content, files)
         sync_folder(self.partial)
-        if self.target.exists():  # of another run
+        if self.target.exists():  # of another run: `FolderSaver.save`
             checkpoint.set_aside(self.target)
         os.replace(self.partial, self.target)
         sync_folder(self.target.parent)
@@ -92,8 +92,12 @@ class FolderSaver:
         self.ranks, self.keep_last, self.say = ranks, keep_last, say
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._pending: tuple[Future[Any], Path] | None = None
-        self._newest: Path | None = None  # whose tensors are those of the run, unless a step was taken since
+        self._newest: Path | None = None
         self._failed: OSError | None = None
+
+    def resumed(self, path: Path) -> None:
+        """A checkpoint, perhaps of this run's own folder, has the tensors that the run begins with."""
+        self._newest = path
 
     def save(self, payload: dict[str, Any], path: Path) -> None:
         """Begins to write a checkpoint once the one before is written, and returns when it has copied the tensors.
@@ -101,7 +105,8 @@ class FolderSaver:
         Args:
             payload: tree of plain values, which processes have in common, and of tensors: shares, tensors that all
                 have, of which DCP writes one, and tensors that one has.
-            path: the folder. Where it is the last one saved, the step is the same, and only its progress is written.
+            path: the folder. Where it is that of the last save or resume, no step was taken since, and only the
+                progress is written.
         """
         self.wait()
         content, tensors = checkpoint_folder.split(payload)
@@ -153,7 +158,10 @@ class FolderSaver:
         if self._failed is None:
             raise RuntimeError(f"checkpoint {path} could not be written") from error
         reason = self._failed.strerror or self._failed
-        self.say(f"error: checkpoint {path} is not written: {reason}; free space for the next one; training goes on")
+        self.say(
+            f"error: checkpoint {path} is not written: {reason}; training goes on: free some space, or let it write,"
+            " before the next one"
+        )
 
 
 def _write_progress(path: Path, content: dict[str, Any]) -> None:

@@ -230,6 +230,11 @@ class Trainer:
         if "training" not in found:
             raise CheckpointError(f"{path} holds weights only; resume from a checkpoint in checkpoints/")
         checkpoint.check_weights(self.model, found["model"], f"checkpoint {path}")
+        if foreign := found["training"]["optimizer"].keys() - found["model"].keys():
+            raise CheckpointError(
+                f"checkpoint {path} has optimizer state of {min(foreign)}, which is no parameter; it is of another"
+                " version of the toolkit: go on with that one, or begin a training of its own (--resume none)"
+            )
         if checkpoint.tokenizer_of(found).to_state() != self.data.tokenizer.to_state():
             raise CheckpointError(
                 f"checkpoint {path} was trained with another tokenizer of the same size; pass that one"
@@ -242,6 +247,8 @@ class Trainer:
         fill(tensors, path, found)
         if self.ema is not None and not averaged:  # turned on later: starts from these weights
             self.ema.load(self.model.state_dict())
+        if self.saver is not None:
+            self.saver.resumed(path)
         self.stepper.progress = Progress(**found["training"]["progress"])
         self.line.say(f"resumed from {path}: epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1}")
 

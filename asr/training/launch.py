@@ -106,6 +106,7 @@ def main(words: Sequence[str]) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     if "--max-restarts=0" in words:  # what follows from the one error that ends all
         logging.disable(logging.ERROR)
@@ -113,6 +114,9 @@ def main(words: Sequence[str]) -> int:
         run.main(list(words))
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
+    except RendezvousError as error:
+        print(f"error: the machines did not meet: {error.__cause__ or error}", file=sys.stderr)
+        return 1
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode >= 0:

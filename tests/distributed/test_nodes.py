@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from asr.bench.kills import children
+from asr.training import launch
+from asr.training.launch import Nodes, torchrun
 from recipes import cli
 from tests.distributed.test_recipe import ROOT, command, events
 
@@ -102,6 +104,24 @@ def test_nonsense_is_refused(words: list[str], message: str, tmp_path: Path, cap
     assert cli.main(["yesno", "--exp-dir", str(tmp_path), "--device", "cpu", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_other_settings_than_those_of_the_first_are_refused(tmp_path: Path, capsys) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "settings.yaml").write_text("seed: 3\n", encoding="utf-8")
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        master = f"127.0.0.1:{first.getsockname()[1]}"
+        words = ["--exp-dir", str(tmp_path), "--device", "cpu", "--nodes", "2", "--node-rank", "1", "--master", master]
+        assert cli.main(["yesno", *words]) == 2
+    error = capsys.readouterr().err
+    assert "of machine 0 has other settings than this command; pass the same" in error and error.count("\n") == 1
+
+
+def test_machines_that_do_not_meet_are_one_line(capsys) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        master = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert launch.main(torchrun(1, 1, "train", nodes=Nodes(2, 0, master))[3:]) == 1
+    assert "error: the machines did not meet: " in capsys.readouterr().err
 
 
 def test_a_machine_without_the_train_stage_has_nothing_to_do(tmp_path: Path, capsys) -> None:

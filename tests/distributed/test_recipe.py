@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from asr.errors import UserError
-from recipes import cli
+from recipes import cli, launch
+from recipes.engine import StageStopped
 from recipes.stages import make_recipe
 from tests.integration.tiny import write_config, write_corpus
 
@@ -49,6 +50,7 @@ def test_all_stages_and_a_stop_between(tmp_path: Path) -> None:
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed from" in done.stdout and "%WER" in done.stdout
+    assert f"results in {tmp_path / 'exp' / 'decode' / 'greedy'}" in done.stdout  # as `asr decode` says
     steps = [e["step"] for e in events(tmp_path) if e["kind"] == "train"]
     assert steps == list(range(1, steps[-1] + 1))
 
@@ -75,6 +77,25 @@ def test_processes_that_fail_are_one_line(tmp_path: Path) -> None:
 def test_wrong_numbers_are_refused(words: list[str], message: str, tmp_path: Path, capsys) -> None:
     assert cli.main(["yesno", "--exp-dir", str(tmp_path), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_that_processes_were_told_to_stop_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals that do not come by way of the recipe: the processes end well, but before the end of training."""
+    args = cli.make_parser("yesno").parse_args(["--exp-dir", str(tmp_path), "--device", "cpu", "--nproc", "2"])
+    recipe, _ = make_recipe("yesno", args, "command", None)
+
+    def processes(reason: str) -> None:
+        def ends(*_: object, **__: object) -> int:
+            (tmp_path / "train" / "metrics.jsonl").write_text(json.dumps({"kind": "end", "reason": reason}) + "\n")
+            return 0
+
+        monkeypatch.setattr(launch, "run_processes", ends)
+
+    processes("finished")
+    launch.train_on_processes(recipe)
+    processes("terminated")
+    with pytest.raises(StageStopped, match="told to stop, saved in .*checkpoints"):
+        launch.train_on_processes(recipe)
 
 
 def test_the_number_of_processes_changes_no_stage(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -67,7 +66,12 @@ class Parallel:
         elif ranks.size > 1:
             # of weights with one input channel, whose strides say the same in two ways
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-            self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=unused)
+            # of a name that older versions do not know
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            # no messages in the forward pass (buffers never change): one process may fail in it, and all begin again
+            self.forward = DistributedDataParallel(
+                model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused
+            )
         if ranks.size > 1 and config.zero == 1:
             groups = parameter_groups(model, optim)
             self.optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adamw_arguments(optim))
@@ -94,12 +98,10 @@ class Parallel:
         since whole ones would take the memory that was to be saved."""
         return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) else contextlib.nullcontext()
 
-    def average_gradients(self) -> None:
-        """Bring together what `no_sync` has added up, where no other backward pass does it."""
-        if isinstance(self.forward, DistributedDataParallel):
-            for gradient in self._gradients():
-                dist.all_reduce(gradient)
-                gradient.div_(self.ranks.size)
+    @property
+    def averages(self) -> bool:
+        """Whether a backward pass averages whole gradients, and a forward pass readies that."""
+        return isinstance(self.forward, DistributedDataParallel)
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply all gradients."""

@@ -202,14 +202,15 @@ class Stepper:
                 losses = self._tried(turn, partial(self._forward, turn.part, micro, done))
                 finite = losses is None or bool(torch.isfinite(losses.loss))
                 broken, over = ranks.sum([not finite, losses is None])
+                if over or (broken and last):
+                    losses = None if over else losses
+                    self._average(turn, micro, done)
                 if over:
                     return False
                 assert losses is not None
                 if broken:
                     if turn.counts and not finite:
                         tried.skipped.append((turn.part, f"non-finite loss {losses.loss.item()}"))
-                    if last and tried.kept:
-                        self.parallel.average_gradients()
                     continue
                 # gradients are averaged over processes, and those of a stand-in are 0
                 loss = losses.loss * (scale * turn.counts)
@@ -221,6 +222,13 @@ class Stepper:
                 for name, value in zip(tried.sums, losses, strict=True):
                     tried.sums[name] += 0.0 if value is None else value.item()
         return True
+
+    def _average(self, turn: _Round, micro: int, done: float) -> None:
+        """Averages whole gradients over processes by the passes of next to nothing, where the last batch of a step has
+        no backward pass: its forward pass has readied the averaging."""
+        if self.parallel.averages:
+            free_memory()
+            (self._forward(stand_in(turn.batch), micro, done).loss * 0.0).backward()
 
     def _tried(self, turn: _Round, compute: Callable[[], Any], alone: bool = False) -> Any:
         """What it returns; None if memory did not suffice, and the batch is to be computed in more pieces.

@@ -164,8 +164,8 @@ def _within_limit(probe: _Probe) -> tuple[MemoryPlan, str]:
                     return plan, _said(experiment, plan, static, frames)
     raise UserError(
         f"memory.limit={experiment.memory.limit} does not hold this training: the smallest limit that holds the longest"
-        f" utterance, {frames / FRAMES_PER_S:.1f} s, with everything computed again and the optimizer's state in a"
-        f" file, is {text_of(1.02 * least)}"
+        f" utterance, {frames / FRAMES_PER_S:.1f} s, with everything computed again"
+        f"{' and the optimizer state in a file' if file_can else ''}, is {text_of(1.02 * least)}"
     )
 
 

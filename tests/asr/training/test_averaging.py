@@ -152,6 +152,6 @@ def test_a_loss_that_is_not_finite_is_never_chosen(
     data: TrainData, train_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([Validation(float("nan"), 0, 10), Validation(9.0, 10, 10), Validation(float("inf"), 0, 10)])
-    monkeypatch.setattr(averaging, "validate", lambda *args: next(scores))
+    monkeypatch.setattr(averaging, "validate", lambda *args, **kwargs: next(scores))
     _, candidates = average(train_dir, data.valid_cuts, AverageConfig(last=[1, 2], best=False), say=lambda text: None)
     assert candidates[0].name == "last-2"

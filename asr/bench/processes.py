@@ -45,8 +45,9 @@ def together(size: int, device: str, function: Callable[..., None], *arguments: 
 def _child(
     rank: int, size: int, port: int, device: str, function: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    os.environ["WORLD_SIZE"] = str(size)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     with started(device, 300.0) as ranks:
         function(ranks, rank_device(device, ranks), *arguments)

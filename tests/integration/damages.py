@@ -20,7 +20,7 @@ import torch
 
 from asr.data.tokenizer import Tokenizer, TokenizerConfig
 from asr.models.transducer import TransducerLosses
-from asr.training.trainer import Trainer
+from asr.training.step import Stepper
 
 STEP = "train/checkpoints/step-*.pt"
 
@@ -180,7 +180,7 @@ def newer_format(world: World) -> None:
 
 def loss_without_end(world: World) -> None:
     nothing = torch.tensor(float("nan"), requires_grad=True)
-    world.monkeypatch.setattr(Trainer, "_forward", lambda *args: TransducerLosses(nothing, nothing, None, None))
+    world.monkeypatch.setattr(Stepper, "_forward", lambda *args: TransducerLosses(nothing, nothing, None, None))
 
 
 def other_words(world: World) -> None:

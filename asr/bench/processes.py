@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from asr.config import load_experiment
 from asr.data.audio import SAMPLE_RATE_HZ
 from asr.data.features import compute_features
 from asr.data.tokenizer import Tokenizer, TokenizerConfig
+from asr.errors import UserError
 from asr.training.ranks import Ranks, rank_device, started
 from asr.training.trainer import TrainData
 
@@ -41,11 +45,26 @@ def together(size: int, device: str, function: Callable[..., None], *arguments: 
 def _child(
     rank: int, size: int, port: int, device: str, function: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    os.environ["WORLD_SIZE"] = str(size)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     with started(device, 300.0) as ranks:
         function(ranks, rank_device(device, ranks), *arguments)
+
+
+def alone(module: str, arguments: dict[str, Any], environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What ``python -m module JSON`` prints as its last line, also JSON: memory is measured in processes of their own.
+
+    Raises:
+        UserError: it failed, with the end of what it said.
+    """
+    command = [sys.executable, "-m", module, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
+    if done.returncode:
+        raise UserError(f"{module} {arguments} ended with {done.returncode}: {done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def write_data(folder: Path, durations_s: list[float], settings: list[str]) -> Path:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from scipy.signal import firwin, resample_poly
 
 from asr.errors import UserError
 
@@ -82,6 +81,8 @@ def resample(samples: np.ndarray, rate_hz: int, target_hz: int = SAMPLE_RATE_HZ)
     """Polyphase resampling of [N] samples to [ceil(N * target / rate)] float32; images and aliases are below -75 dB."""
     if rate_hz == target_hz or not len(samples):
         return np.ascontiguousarray(samples, dtype=np.float32)
+    from scipy.signal import resample_poly  # 60 MB, which training from stored features never needs
+
     divisor = math.gcd(rate_hz, target_hz)
     up, down = target_hz // divisor, rate_hz // divisor
     return resample_poly(samples, up, down, window=_low_pass(up, down)).astype(np.float32)
@@ -90,6 +91,8 @@ def resample(samples: np.ndarray, rate_hz: int, target_hz: int = SAMPLE_RATE_HZ)
 @cache
 def _low_pass(up: int, down: int) -> np.ndarray:
     """scipy's default length with a steeper window; designing it takes as long as filtering a short utterance."""
+    from scipy.signal import firwin
+
     widest = max(up, down)
     return firwin(2 * 10 * widest + 1, 1 / widest, window=("kaiser", 8.0))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +25,10 @@ def keep_freed_memory() -> bool:
 
     A step on CPU frees and allocates the same large tensors again and again. By default glibc returns those of 32 MiB
     and more at once, and the rest at the end of the step; the system then clears each page anew, about a tenth of the
-    time of a step. The process stays as large as its largest step.
+    time of a step. The process stays as large as its largest step. Whoever has set glibc's own variable wants it
+    otherwise.
     """
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or os.environ.get("MALLOC_MMAP_THRESHOLD_") is not None:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in musl
     if mallopt is None:
@@ -70,7 +72,7 @@ class Computing:
 
 def peak_bytes() -> int | None:
     """Most resident memory that this process has had since it began; None where there is no /proc."""
-    return _status("VmHWM")
+    return status_bytes("VmHWM")
 
 
 def used_bytes(device: torch.device) -> int:
@@ -102,13 +104,14 @@ def peak_bytes_of(device: torch.device, function: Callable[[], Any]) -> int:
 
 
 def _asked(name: str) -> int:
-    size = _status(name)
+    size = status_bytes(name)
     if size is None:
         raise UserError("this system does not tell how much memory a process has; memory.limit needs Linux, or CUDA")
     return size
 
 
-def _status(name: str) -> int | None:
+def status_bytes(name: str) -> int | None:
+    """A size in /proc/self/status, by its name there; None where there is no /proc."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -26,8 +26,9 @@ from asr.checkpoint import step_checkpoints
 from asr.cli.main import main
 from asr.errors import CheckpointError
 from asr.training.faults import BadBatches, Termination
+from asr.training.launch import torchrun
 from asr.training.parallel import whole
-from asr.training.ranks import Ranks, torchrun
+from asr.training.ranks import Ranks
 from asr.training.sharded_checkpoint import FolderWriter
 from asr.training.trainer import find_resume
 from tests.asr.training.runs import SETTINGS, differences, experiment, make_trainer, read_data, records
@@ -342,7 +343,7 @@ def test_sigterm_saves_within_30_s_on_all_processes(data: Path, tmp_path: Path) 
     words += ["--train-cuts", str(data / "cuts_train.jsonl.gz"), "--valid-cuts", str(data / "cuts_valid.jsonl.gz")]
     settings = [*SETTINGS, "data.max_duration_s=1.3", "parallel.zero=3", "training.max_epochs=1000"]
     process = subprocess.Popen(
-        torchrun(2, 0, *words, *(f"--set={setting}" for setting in settings)),
+        torchrun(2, 0, "train", *words, *(f"--set={setting}" for setting in settings)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

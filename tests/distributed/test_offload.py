@@ -39,7 +39,7 @@ def test_runs_are_equal_also_after_a_resume(offload: str, data: Path, tmp_path: 
 def _inside(ranks: Ranks, data: Path, out: Path) -> None:
     trainer = make_trainer(experiment(*COMMON, "parallel.zero=3", "memory.offload=file"), read_data(data), out, ranks)
     trainer.model.train()
-    batches, own = next(trainer._steps_of_epoch())
+    batches, own = next(iter(trainer.batches_of_epoch()))
     trainer.step(batches, BadBatches(out, 0, 0, lambda **_: None, print), own)
     lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     (place,) = (line.split()[0].split("-") for line in lines if "optimizer-rank" in line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -25,3 +26,11 @@ def test_large_tensors_reuse_freed_pages() -> None:
     assert shown[0] == str(platform.libc_ver()[0] == "glibc")
     if shown[0] == "True":
         assert int(shown[1]) < 1000  # of 16384 pages
+
+
+def test_settings_of_the_environment_win() -> None:
+    """glibc has read them; what is freed is given back."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    shown = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True, env=environment)
+    kept, faults = shown.stdout.split()
+    assert kept == "False" and (platform.libc_ver()[0] != "glibc" or int(faults) > 10_000)

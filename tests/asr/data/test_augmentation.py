@@ -152,9 +152,9 @@ def test_masks_stay_within_their_bounds(
     assert np.isfinite(features).all()
     np.testing.assert_array_equal(features[audio:], original[audio:])
     changed = features[:audio] != original[:audio]
-    if audio == 1:
+    if audio <= 2:  # too few to tell a mask along time from one along frequency
         return
-    masked_bins = changed.all(axis=0) if audio > 2 else changed.any(axis=0)
+    masked_bins = changed.all(axis=0)
     assert masked_bins.sum() <= freq_masks * 26 < 80
     masked_frames = changed.all(axis=1)
     assert masked_frames.sum() <= min(fraction * audio, time_masks * width)

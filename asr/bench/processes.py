@@ -36,10 +36,21 @@ def together(size: int, device: str, function: Callable[..., None], *arguments: 
     if size == 1:
         function(Ranks(), device, *arguments)
         return
+    context = start(size, device, function, *arguments)
+    while not context.join():
+        pass
+
+
+def start(
+    size: int, device: str, function: Callable[..., None], *arguments: Any
+) -> torch.multiprocessing.ProcessContext:
+    """Begins to call function(ranks, device, *arguments) in so many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_child, (size, port, device, function, arguments), nprocs=size)
+    context = torch.multiprocessing.spawn(_child, (size, port, device, function, arguments), nprocs=size, join=False)
+    assert context is not None
+    return context
 
 
 def _child(

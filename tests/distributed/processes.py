@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing
 
 from asr.bench import processes
 from asr.checkpoint import step_checkpoints
@@ -21,6 +22,11 @@ SGD = 0.05  # learning rate
 def together(size: int, function: Callable[..., None], *arguments: Any) -> None:
     """Calls function(ranks, *arguments) in so many processes on CPU; an error in one is raised here."""
     processes.together(size, "cpu", _on_cpu, function, *arguments)
+
+
+def start(size: int, function: Callable[..., None], *arguments: Any) -> torch.multiprocessing.ProcessContext:
+    """Begins to call function(ranks, *arguments) in so many processes on CPU."""
+    return processes.start(size, "cpu", _on_cpu, function, *arguments)
 
 
 def _on_cpu(ranks: Ranks, device: str, function: Callable[..., None], *arguments: Any) -> None:

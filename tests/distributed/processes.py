@@ -30,7 +30,8 @@ def start(size: int, function: Callable[..., None], *arguments: Any) -> torch.mu
 
 
 def _on_cpu(ranks: Ranks, device: str, function: Callable[..., None], *arguments: Any) -> None:
-    torch.set_num_threads(1)
+    if ranks.size > 1:  # else this is the process of all tests
+        torch.set_num_threads(1)
     function(ranks, *arguments)
 
 

@@ -29,7 +29,7 @@ BENCH_OPTIONAL = LOSSES_OPTIONAL | {"fast_rnnt", "warprnnt_numba", "matplotlib"}
 # Environment variables that torchrun sets; nothing else may change behaviour.
 TORCHRUN_VARIABLES = {
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE",
-    "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RUN_ID",
+    "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RUN_ID",
     "TORCHELASTIC_USE_AGENT_STORE",
 }  # fmt: skip
 # Files that may touch other variables, each with the variables: only such that users know from elsewhere and that do

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -150,13 +152,32 @@ def one_speaks(ranks: Ranks) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def _meet(store: dist.Store, ranks: Ranks, timeout_s: float) -> dist.Store:
+    """The part of a store that only the processes alive now know of, once all of them are there.
+
+    torchrun starts all processes anew after the loss of one, in the store that the lost ones used, where what they
+    left would lead the new ones astray. Its count of restarts cannot tell them apart: each machine counts those that
+    its own processes caused. So the first process names the meeting, each other writes its own name there, and who
+    is greeted by it is in the meeting of the living.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout_s
+    if ranks.first:
+        store.set("meeting", own)
+        names = [store.get(f"{own}/{rank}").decode() for rank in range(1, ranks.size)]
+        store.set(f"{own}/greeted", " ".join(names))
+        return dist.PrefixStore(own, store)
+    while time.monotonic() < deadline:
+        meeting = store.get("meeting").decode()
+        store.set(f"{meeting}/{ranks.rank}", own)
+        if store.check([f"{meeting}/greeted"]) and own in store.get(f"{meeting}/greeted").decode():
+            return dist.PrefixStore(meeting, store)
+        time.sleep(0.02)
+    raise RuntimeError(f"the first of {ranks.size} processes was not met within {timeout_s:g} s")
+
+
 @contextmanager
 def started(device: str, timeout_s: float) -> Iterator[Ranks]:
-    """The processes of the run, able to talk to each other within.
-
-    After a worker was lost torchrun starts all of them anew, and counts: each attempt meets under names of its own in
-    the store, where what the last one left would lead the new processes astray.
-    """
+    """The processes of the run, able to talk to each other within."""
     ranks = place()
     if ranks.size == 1:
         yield ranks
@@ -167,8 +188,7 @@ def started(device: str, timeout_s: float) -> Iterator[Ranks]:
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks.size, serves, timeout=timeout
     )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    own = dist.PrefixStore(f"attempt {attempt}", store)
+    own = _meet(store, ranks, timeout_s)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
         store=own,

@@ -7,17 +7,20 @@ import re
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from asr.bench.kills import children
 from asr.checkpoint import step_checkpoints
 from asr.errors import Terminated, UserError
 from asr.training.faults import BadBatches, Termination, TooManyBadBatches
 from asr.training.launch import torchrun
-from asr.training.ranks import Ranks, place
+from asr.training.ranks import Ranks, _meet, place
 from asr.training.trainer_config import ParallelConfig
 from tests.asr.training.runs import SETTINGS, experiment, make_trainer, newest, read_data, records, spoil, write_data
 from tests.distributed.processes import together
@@ -38,6 +41,30 @@ def test_torchrun_says_where_a_process_is() -> None:
         found = {name: value for name, value in {**TORCHRUN, **change}.items() if value is not None}
         with pytest.raises(UserError, match=message):
             place(found)
+
+
+def test_new_processes_meet_apart_from_what_lost_ones_left() -> None:
+    """Whole meetings, one that nobody was greeted in, and late comers: all in one store, as after lost processes."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def meet(rank: int, late_s: float) -> str:
+        time.sleep(late_s)
+        store = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+        own = _meet(store, Ranks(rank, 3, rank), 10.0)
+        own.set(f"was here {rank}", "")
+        own.wait([f"was here {other}" for other in range(3)], timedelta(seconds=10))
+        return own.underlying_store.get("meeting").decode()
+
+    met = []
+    with ThreadPoolExecutor(3) as threads:
+        for delays in ([0.0, 0.0, 0.0], [0.3, 0.0, 0.1], [0.0, 0.3, 0.1]):
+            (meeting,) = set(threads.map(meet, range(3), delays))
+            met.append(meeting)
+            server.set("meeting", "of lost ones")
+            server.set("of lost ones/1", "a lost one")
+    assert len(set(met)) == 3
+    with pytest.raises(RuntimeError, match="the first of 3 processes was not met within 0.1 s"):
+        _meet(dist.TCPStore("127.0.0.1", server.port, is_master=False), Ranks(1, 3, 1), 0.1)
 
 
 def test_replicas_must_divide_the_processes() -> None:

@@ -71,7 +71,7 @@ def decode_features(
     model: Any, features: torch.Tensor, feature_lens: torch.Tensor, config: DecodingConfig
 ) -> list[Hypothesis]:
     """Encode and search one batch: ``features [B, T, F]``, ``feature_lens [B]``, on the model's device."""
-    enc, enc_lens = model.encode(features, feature_lens)
+    enc, enc_lens = model.encode(features, feature_lens, *config.context)
     return SEARCHES[config.search](model, enc, enc_lens, config)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from asr.errors import UserError
+from asr.models.context import Context, Milliseconds, check_chunk, check_left_context, context
 
 BLANK = 0
 
@@ -23,18 +24,30 @@ class DecodingConfig:
             emission consumes its frame. ``modified_beam_search`` knows only 1.
         batch_duration_s: audio seconds (padding included) that are encoded in one batch.
         beam: hypotheses kept per utterance by ``modified_beam_search``, at least 1.
+        chunk_ms: what the encoder hears at a time: full for whole utterances, or a multiple of 40 ms for the result of
+            a stream in such chunks. A model that was trained with several (training.chunk_ms) decodes at all of them.
+        left_context_ms: with a chunk, how far the encoder hears back beyond it: a multiple of 40 ms, or full.
     """
 
     search: Literal["greedy", "modified_beam_search"] = "greedy"
     max_symbols_per_frame: int = 1
     batch_duration_s: float = 600
     beam: int = 4
+    chunk_ms: Milliseconds = "full"
+    left_context_ms: Milliseconds = 5120
 
     def __post_init__(self) -> None:
         for name, least in (("max_symbols_per_frame", 1), ("beam", 1), ("batch_duration_s", 0.1)):
             value = getattr(self, name)
             if not value >= least:
                 raise UserError(f"decoding.{name}={value} must be at least {least}; raise it")
+        check_chunk("decoding.chunk_ms", self.chunk_ms)
+        check_left_context("decoding.left_context_ms", self.left_context_ms)
+
+    @property
+    def context(self) -> Context:
+        """Chunk and left context in encoder frames."""
+        return context(self.chunk_ms, self.left_context_ms)
 
 
 @dataclass

@@ -161,8 +161,8 @@ class Transducer(nn.Module):
         self,
         features: Tensor,
         feature_lens: Tensor,
-        chunk_frames: int | None = None,
-        left_context_frames: int | None = None,
+        chunk_frames: int = 0,
+        left_context_frames: int = -1,
     ) -> tuple[Tensor, Tensor]:
         """[B, T, F] and [B] to encoder frames [B, T', D] and their lengths [B]; see the encoder's forward."""
         return self.encoder(features, feature_lens, chunk_frames, left_context_frames)
@@ -197,8 +197,8 @@ class Transducer(nn.Module):
         targets: Tensor,
         target_lens: Tensor,
         loss: LossConfig,
-        chunk_frames: int | None = None,
-        left_context_frames: int | None = None,
+        chunk_frames: int = 0,
+        left_context_frames: int = -1,
         done: float = 1.0,
     ) -> TransducerLosses:
         """Losses of one batch.
@@ -209,7 +209,7 @@ class Transducer(nn.Module):
             targets: [B, U] int64, padded with 0.
             target_lens: [B] int64.
             loss: method and weights.
-            chunk_frames, left_context_frames: chunk mask of this batch; None takes the encoder's configuration.
+            chunk_frames, left_context_frames: chunk mask of this batch, see the encoder's forward.
             done: fraction of the run that lies behind, for what ``loss`` changes on the way.
         """
         enc, enc_lens = self.encode(features, feature_lens, chunk_frames, left_context_frames)

@@ -279,8 +279,12 @@ class _Probe:
             free_memory()
 
     def _run(self, batch: Batch, loss: LossConfig) -> None:
+        # the mask of chunks takes memory, of any chunks the same
+        chunk_frames = 8 if set(self.experiment.training.chunk_ms) != {"full"} else 0
         with autocast(self.precision, self.device):
-            losses: Any = self.model(batch.features, batch.feature_lens, batch.targets, batch.target_lens, loss, 0)
+            losses: Any = self.model(
+                batch.features, batch.feature_lens, batch.targets, batch.target_lens, loss, chunk_frames
+            )
         losses.loss.backward()
 
 

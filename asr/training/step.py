@@ -16,6 +16,7 @@ from torch import Tensor
 from asr.config import Experiment
 from asr.data.batch import Batch
 from asr.errors import UserError
+from asr.models.context import Context, Milliseconds, context
 from asr.models.transducer import TransducerLosses
 from asr.training.faults import BadBatches
 from asr.training.memory import Computing
@@ -85,9 +86,13 @@ class Stepper:
         self.record: Callable[..., None] = lambda **_: None
         self.progress = Progress()
 
-    def _chunk_frames(self, micro: int) -> int:
-        sizes = self.config.chunk_frames
-        return sizes[seed_of(self.experiment.seed, "chunk", self.progress.step, micro) % len(sizes)]
+    def _context(self) -> Context:
+        """Drawn for a step, so that its batches may be spread over processes or accumulation."""
+
+        def draw(name: str, values: list[Milliseconds]) -> Milliseconds:
+            return values[seed_of(self.experiment.seed, name, self.progress.step) % len(values)]
+
+        return context(draw("chunk", self.config.chunk_ms), draw("left context", self.config.left_context_ms))
 
     def _count(self, batches: list[Batch]) -> int:
         by_tokens = self.config.normalize == "tokens"
@@ -98,7 +103,7 @@ class Stepper:
         by_steps = self.progress.step / self.config.max_steps if self.config.max_steps else 0.0
         return max(by_steps, self.progress.consumed_s / self.total_s)
 
-    def _forward(self, batch: Batch, micro: int, done: float) -> TransducerLosses:
+    def _forward(self, batch: Batch, done: float) -> TransducerLosses:
         batch = batch.to(self.device, non_blocking=True)
         with autocast(self.precision, self.device):
             losses: TransducerLosses = self.parallel.forward(
@@ -107,7 +112,7 @@ class Stepper:
                 batch.targets,
                 batch.target_lens,
                 self.experiment.loss,
-                self._chunk_frames(micro),
+                *self._context(),
                 done=done,
             )
         return losses
@@ -199,7 +204,7 @@ class Stepper:
             torch.manual_seed(seed_of(self.experiment.seed, "step", progress.step, micro, *piece))
             last = number + 1 == len(rounds)
             with contextlib.nullcontext() if last else self.parallel.no_sync():
-                losses = self._tried(turn, partial(self._forward, turn.part, micro, done))
+                losses = self._tried(turn, partial(self._forward, turn.part, done))
                 finite = losses is None or bool(torch.isfinite(losses.loss))
                 broken, over = ranks.sum([not finite, losses is None])
                 if over or (broken and last):
@@ -228,7 +233,7 @@ class Stepper:
         no backward pass: its forward pass has readied the averaging."""
         if self.parallel.averages:
             free_memory()
-            (self._forward(stand_in(turn.batch), micro, done).loss * 0.0).backward()
+            (self._forward(stand_in(turn.batch), done).loss * 0.0).backward()
 
     def _tried(self, turn: _Round, compute: Callable[[], Any], alone: bool = False) -> Any:
         """What it returns; None if memory did not suffice, and the batch is to be computed in more pieces.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from asr.errors import UserError
+from asr.models.context import Milliseconds, check_chunk, check_left_context
 from losses.memory import parse_limit
 
 
@@ -21,7 +22,11 @@ class TrainingConfig:
         precision: of matrix products: "fp32", "bf16", "fp16" (both autocast; the latter with a scaled loss), or "auto":
             bf16 where the device computes it natively, else fp32. Weights, their gradients and the lattice are float32.
         precision_overrides: of modules by name, like {encoder.subsampling: fp32}.
-        chunk_frames: chunk sizes in encoder frames of 40 ms, one drawn for each batch; 0 is full context.
+        chunk_ms: chunks of the attention, one drawn for each step: multiples of 40 ms, or full for full context.
+            Frames of a chunk see each other and what lies before it. With several, one model decodes at any of them,
+            and at those between. What is given twice is drawn twice as often.
+        left_context_ms: how far the frames of a chunk see back beyond it, one drawn for each step with a chunk:
+            multiples of 40 ms, or full.
         ema_decay: decay of the exponential moving average of the weights; 0 is off.
         log_every_steps: steps between two lines of metrics.
         valid_every_epochs: epochs between two validations.
@@ -37,7 +42,8 @@ class TrainingConfig:
     normalize: Literal["tokens", "utterances"] = "tokens"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     precision_overrides: dict[str, Literal["fp32", "bf16", "fp16"]] = field(default_factory=dict)
-    chunk_frames: list[int] = field(default_factory=lambda: [0])
+    chunk_ms: list[Milliseconds] = field(default_factory=lambda: ["full", "full", 160, 320, 640, 1280])
+    left_context_ms: list[Milliseconds] = field(default_factory=lambda: ["full", 2560, 5120])
     ema_decay: float = 0.999
     log_every_steps: int = 10
     valid_every_epochs: int = 1
@@ -56,8 +62,12 @@ class TrainingConfig:
                 raise ValueError(f"training.{name}={getattr(self, name)} must be at least 0")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"training.ema_decay={self.ema_decay} is outside [0, 1); 0 turns it off")
-        if not self.chunk_frames or min(self.chunk_frames) < 0:
-            raise ValueError(f"training.chunk_frames={self.chunk_frames} needs at least one size of 0 or more")
+        for name, check in (("chunk_ms", check_chunk), ("left_context_ms", check_left_context)):
+            values = getattr(self, name)
+            if not values:
+                raise ValueError(f"training.{name}={values} needs at least one value, such as full")
+            for value in values:
+                check(f"training.{name}", value)
 
 
 @dataclass

@@ -47,7 +47,6 @@ def validate(
     tokenizer: Tokenizer,
     experiment: Experiment,
     device: torch.device,
-    chunk_frames: int | None = None,
     ranks: Ranks | None = None,
 ) -> Validation:
     """One pass over ``batches``; the model's mode is restored afterwards.
@@ -61,7 +60,7 @@ def validate(
     with evaluation_mode(model):
         for batch in batches:
             batch = batch.to(device)
-            enc, enc_lens = model.encode(batch.features, batch.feature_lens, chunk_frames)
+            enc, enc_lens = model.encode(batch.features, batch.feature_lens, *decoding.context)
             total += float(model.transducer_loss(enc, enc_lens, batch.targets, batch.target_lens, options).loss)
             tokens += int(batch.target_lens.sum())
             for text, hypothesis in zip(batch.texts, search(model, enc, enc_lens, decoding), strict=True):

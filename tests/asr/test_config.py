@@ -67,12 +67,12 @@ def test_loading_leaves_the_presets_alone() -> None:
 
 
 def test_later_files_win_and_overrides_win_over_files(tmp_path: Path) -> None:
-    first = write(tmp_path / "a.yaml", "seed: 1\noptim: {lr: 0.1, warmup_steps: 5}\ntraining: {chunk_frames: [4, 8]}\n")
-    second = write(tmp_path / "b.yaml", "optim: {lr: 0.2}\nname: b\ntraining: {chunk_frames: [0]}\n")
+    first = write(tmp_path / "a.yaml", "seed: 1\noptim: {lr: 0.1, warmup_steps: 5}\ntraining: {chunk_ms: [160, 320]}\n")
+    second = write(tmp_path / "b.yaml", "optim: {lr: 0.2}\nname: b\ntraining: {chunk_ms: [full]}\n")
     experiment = load_experiment([first, second], ["name=c", "optim.eps=1e-6", "name=d"])
     assert (experiment.seed, experiment.name) == (1, "d")
     assert experiment.optim == OptimConfig(lr=0.2, warmup_steps=5, eps=1e-6)
-    assert experiment.training.chunk_frames == [0], "lists are replaced, not joined"
+    assert experiment.training.chunk_ms == ["full"], "lists are replaced, not joined"
     assert load_experiment([second, first]).optim.lr == 0.1
 
 
@@ -83,7 +83,9 @@ def test_an_empty_file_is_no_difference(tmp_path: Path) -> None:
 VALUES = [
     ("optim.lr=1e-3", 0.001),
     ("optim.lr=1", 1.0),
-    ("training.chunk_frames=[4, 0]", [4, 0]),
+    ("training.chunk_ms=[160, full]", [160, "full"]),
+    ("decoding.chunk_ms=320", 320),
+    ("decoding.chunk_ms=full", "full"),
     ("data.augment.noise_snr_db=[]", []),
     ("model.ctc=true", True),
     ("name='5'", "5"),
@@ -127,8 +129,8 @@ REFUSED = [
     ("seed=1.5", "seed.*int"),
     ("seed=[1]", "seed"),
     ("model.ctc=3", "model.ctc.*bool"),
-    ("training.chunk_frames=8", "training.chunk_frames.*list"),
-    ("training.chunk_frames=[a]", "training.chunk_frames"),
+    ("training.chunk_ms=320", "training.chunk_ms.*list"),
+    ("training.chunk_ms=[a]", "training.chunk_ms"),
     ("optim.schedule=linear", "optim.schedule.*cosine.*noam.*constant.*linear"),
     ("decoding.search=beem", "decoding.search.*greedy.*beem"),
     ("model.preset=huge", "model.preset='huge' .* valid: xs, s, m, l, xl, xxl"),
@@ -153,7 +155,11 @@ REFUSED = [
     ("optim.lr=.nan", "optim.lr=nan"),
     ("training.max_epochs=0", "training.max_epochs=0 must be at least 1"),
     ("training.ema_decay=1", "training.ema_decay=1.0 is outside"),
-    ("training.chunk_frames=[]", "training.chunk_frames"),
+    ("training.chunk_ms=[]", "training.chunk_ms"),
+    ("training.chunk_ms=[100]", "training.chunk_ms=100 must be a multiple of 40 ms"),
+    ("training.left_context_ms=[-40]", "training.left_context_ms=-40 must be"),
+    ("decoding.chunk_ms=0", "decoding.chunk_ms=0 must be"),
+    ("decoding.left_context_ms=30", "decoding.left_context_ms=30 must be"),
     ("parallel.tensor=2", "parallel.tensor=2 does not exist yet; .* parallel.zero=3"),
     ("parallel.pipeline=4", "parallel.pipeline=4 does not exist yet"),
     ("parallel.time=2", "parallel.time=2 does not exist yet"),
@@ -218,17 +224,17 @@ CHANGED = [
     "data.spec_augment.prob=0.25",
     "data.strict=true",
     "model={preset: m, ctc: true, num_mel_bins: 40}",
-    "model.encoder={dropout: 0.0, chunk_frames: 8}",
+    "model.encoder={dropout: 0.0, conv_kernel: 9}",
     "model.predictor.kind=lstm",
     "model.joiner.activation=relu",
     "loss={ctc_weight: 0.3, method: pruned, prune_range: 4, simple_warmup: 0.25, memory_limit: 2GB}",
     "optim={lr: 0.000123456789, betas: [0.5, 0.75], schedule: noam, eps: 1e-12}",
-    "training={accumulation: 2, normalize: utterances, precision: bf16, chunk_frames: [0, 8, 16], tensorboard: false}",
+    "training={accumulation: 2, normalize: utterances, precision: bf16, chunk_ms: [full, 320], tensorboard: false}",
     "training.precision_overrides={joiner: fp32}",
     "parallel={zero: 3, replicas: 2, timeout_s: 60, gather: bf16, hang_timeout_s: 30}",
     "memory={checkpointing: budget, activation_budget: 0.25, lower_after: 2, limit: 8GiB, offload: file}",
     "average={last: [], ema: false}",
-    "decoding.max_symbols_per_frame=3",
+    "decoding={max_symbols_per_frame: 3, chunk_ms: 320, left_context_ms: full}",
 ]
 
 

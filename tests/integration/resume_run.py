@@ -28,7 +28,7 @@ SETTINGS = [
     "loss.ctc_weight=0.3",
     "training.max_epochs=3",
     "training.accumulation=2",
-    "training.chunk_frames=[0, 4, 8]",
+    "training.chunk_ms=[full, 160, 320]",
     "training.checkpoint_every_steps=2",
     "training.keep_last=2",
 ]

@@ -28,8 +28,6 @@ class ConformerConfig:
         conv_kernel: frames that the causal depthwise convolution sees.
         subsampling_channels: channels of the second stride-2 convolution, even; the first has half as many.
         dropout: probability, in every residual branch.
-        chunk_frames: chunk of the attention in encoder frames of 40 ms; 0 is full context.
-        left_context_frames: encoder frames before the chunk that attention sees; -1 is unlimited.
     """
 
     dim: int = 128
@@ -39,8 +37,6 @@ class ConformerConfig:
     conv_kernel: int = 15
     subsampling_channels: int = 32
     dropout: float = 0.1
-    chunk_frames: int = 0
-    left_context_frames: int = -1
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.dim % self.num_heads or self.dim // self.num_heads % 2:
@@ -167,16 +163,16 @@ class Conformer(nn.Module):
         self,
         features: Tensor,
         feature_lens: Tensor,
-        chunk_frames: int | None = None,
-        left_context_frames: int | None = None,
+        chunk_frames: int = 0,
+        left_context_frames: int = -1,
     ) -> tuple[Tensor, Tensor]:
         """Encodes whole utterances, under the chunk mask if one is asked for.
 
         Args:
             features: [B, T, F] float; what lies behind an utterance's length is never read (NaN there is harmless).
             feature_lens: [B] int64, feature frames of 10 ms.
-            chunk_frames: encoder frames in a chunk; 0 full context; None takes the configuration's.
-            left_context_frames: as in the configuration; None takes the configuration's.
+            chunk_frames: encoder frames in a chunk, all of which see each other; 0 is full context.
+            left_context_frames: encoder frames before the chunk that its frames see; -1 is all.
 
         Returns:
             enc: [B, T', D] with T' = (T - 3) // 4, finite behind each length too.
@@ -192,10 +188,8 @@ class Conformer(nn.Module):
         x = (features - self.feature_mean) * self.feature_scale
         x = self.dropout(self.subsampling(x.masked_fill(~inside, 0.0)))
         enc_lens = subsampled_lens(feature_lens)
-        chunk = self.config.chunk_frames if chunk_frames is None else chunk_frames
-        left = self.config.left_context_frames if left_context_frames is None else left_context_frames
         # an utterance too short for one frame still needs one key, or its softmax would be over nothing
-        mask = attention_mask(enc_lens.clamp(min=1), x.shape[1], chunk, left)
+        mask = attention_mask(enc_lens.clamp(min=1), x.shape[1], chunk_frames, left_context_frames)
         positions = Positions(mask, *rotary_tables(0, x.shape[1], self.dim // self.config.num_heads, x.device))
         for block in self.blocks:
             x = block(x, positions)

@@ -132,17 +132,74 @@ class Fbank:
         Raises:
             ValueError: ``samples`` is not a float32 vector, or holds a value that is not finite.
         """
-        if samples.ndim != 1 or samples.dtype != np.float32:
-            raise ValueError(f"samples must be float32 [N], got {samples.dtype} of shape {samples.shape}")
-        if not np.isfinite(samples).all():
-            raise ValueError("samples hold NaN or infinity; the recording is broken")
+        check_samples(samples)
         bank = kaldi_native_fbank.OnlineFbank(self._options)
         bank.accept_waveform(SAMPLE_RATE_HZ, samples)
         bank.input_finished()
-        features = np.empty((bank.num_frames_ready, self.config.num_mel_bins), dtype=np.float32)
-        for t in range(len(features)):
-            features[t] = bank.get_frame(t)
+        return _frames(bank, 0)
+
+    def stream(self) -> FbankStream:
+        """Features of a waveform that arrives in pieces."""
+        return FbankStream(self.config, kaldi_native_fbank.OnlineFbank(self._options))
+
+
+class FbankStream:
+    """Features of one waveform in pieces: together those of ``Fbank.extract(pad_tail(samples))``, bit by bit.
+
+    Made by ``Fbank.stream``. Nothing is kept but what later frames need.
+    """
+
+    def __init__(self, config: FeatureConfig, bank: Any) -> None:
+        self.num_samples = 0  # so far, without the tail
+        self._config, self._bank = config, bank
+        self._taken = 0
+
+    def accept(self, samples: np.ndarray) -> np.ndarray:
+        """The next samples, float32 [N] in [-1, 1] at 16 kHz, of any number.
+
+        Returns:
+            float32 [T, F], the frames that are known now. A frame needs 17.5 ms of audio behind its time.
+
+        Raises:
+            ValueError: ``samples`` is not a float32 vector, or holds a value that is not finite.
+        """
+        check_samples(samples)
+        self.num_samples += samples.size
+        return self._accept(samples)
+
+    def finish(self) -> np.ndarray:
+        """Appends the silent tail; float32 [T, F], the last frames. Nothing may come after it."""
+        tail = padded_num_samples(self.num_samples, self._config) - self.num_samples
+        before = self._accept(np.zeros(tail, dtype=np.float32))
+        self._bank.input_finished()
+        return np.concatenate([before, self._take()])
+
+    def _accept(self, samples: np.ndarray) -> np.ndarray:
+        if samples.size:
+            self._bank.accept_waveform(SAMPLE_RATE_HZ, samples)
+        return self._take()
+
+    def _take(self) -> np.ndarray:
+        features = _frames(self._bank, self._taken)
+        self._bank.pop(len(features))
+        self._taken += len(features)
         return features
+
+
+def check_samples(samples: np.ndarray) -> None:
+    """Raises ValueError unless samples are a float32 vector of finite numbers."""
+    if samples.ndim != 1 or samples.dtype != np.float32:
+        raise ValueError(f"samples must be float32 [N], got {samples.dtype} of shape {samples.shape}")
+    if not np.isfinite(samples).all():
+        raise ValueError("samples hold NaN or infinity; the recording is broken")
+
+
+def _frames(bank: Any, start: int) -> np.ndarray:
+    """Frames of a kaldi-native-fbank feature bank from ``start`` to the last that is ready, float32 [T, F]."""
+    features = np.empty((bank.num_frames_ready - start, bank.dim), dtype=np.float32)
+    for t in range(len(features)):
+        features[t] = bank.get_frame(start + t)
+    return features
 
 
 @dataclass

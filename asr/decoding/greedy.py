@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 
 from asr.decoding.search import (
@@ -52,16 +54,80 @@ def greedy(
     Raises:
         ValueError: for wrong shapes, lengths over T, or ``window`` below 1.
     """
+    state = init_greedy(model, enc.shape[0], enc.device)
+    _, emissions, scores = advance_greedy(model, state, enc, enc_lens, config, window=window)
+    hypotheses = [Hypothesis([], [], score) for score in scores.tolist()]
+    columns = (column.tolist() for column in emissions)
+    for row, token, frame, confidence in zip(*columns, strict=True):
+        hypotheses[row].tokens.append(token)
+        hypotheses[row].frames.append(frame)
+        hypotheses[row].confidences.append(confidence)
+    return hypotheses
+
+
+class GreedyState(NamedTuple):
+    """What greedy search remembers of B streams between two stretches of frames.
+
+    predictor: the predictor's state.
+    pred_p: [B, J], the joiner's projection of the predictor's output in that state.
+    """
+
+    predictor: Any
+    pred_p: torch.Tensor
+
+
+class Emissions(NamedTuple):
+    """Labels that B streams emitted, in order of time within each stream: row of the stream, int64 [N], token, int64,
+    frame of the stretch, int64, and confidence, float: the probability that the model gave the token there."""
+
+    rows: torch.Tensor
+    tokens: torch.Tensor
+    frames: torch.Tensor
+    confidences: torch.Tensor
+
+
+@torch.inference_mode()
+def init_greedy(model: SearchModel, batch_size: int, device: torch.device | str) -> GreedyState:
+    """The state of streams that have not begun."""
+    state = model.predictor.init_state(batch_size, device)
+    return GreedyState(state, model.joiner.project_predictor(model.predictor.output(state)))
+
+
+@torch.inference_mode()
+def advance_greedy(
+    model: SearchModel,
+    state: GreedyState,
+    enc: torch.Tensor,
+    enc_lens: torch.Tensor,
+    config: DecodingConfig,
+    *,
+    window: int = WINDOW_FRAMES,
+) -> tuple[GreedyState, Emissions, torch.Tensor]:
+    """The next stretch of each stream, as ``greedy`` searches whole utterances: the labels do not depend on how frames
+    are divided into stretches.
+
+    Args:
+        model, config, window: as for ``greedy``.
+        state: of the B streams.
+        enc: ``[B, T, D]``, the frames of the stretch.
+        enc_lens: ``[B]``, integers in 0..T; a stream of 0 stays as it was.
+
+    Returns:
+        The state after the stretch, the labels emitted in it, and the sum of log-probabilities of the symbols taken,
+        ``[B]``.
+
+    Raises:
+        ValueError: as ``greedy``.
+    """
     if window < 1:
         raise ValueError(f"window={window} must be at least 1; leave the default")
     lens = check_search_inputs(enc, enc_lens)
     batch_size, num_frames, _ = enc.shape
     if batch_size == 0 or num_frames == 0:
-        return [Hypothesis([], [], 0.0) for _ in range(batch_size)]
+        return state, _collect([], enc.device), torch.zeros(batch_size, device=enc.device)
 
     enc_p = project_valid_frames(model.joiner, enc, lens)
-    state = model.predictor.init_state(batch_size, enc.device)
-    pred_p = model.joiner.project_predictor(model.predictor.output(state))
+    predictor, pred_p = state
     offsets = torch.arange(window, device=enc.device)
     frame = torch.zeros_like(lens)  # next frame of each stream
     emitted_here = torch.zeros_like(lens)  # labels already emitted at that frame
@@ -98,23 +164,18 @@ def greedy(
             where, emitting = passed[hits], rows[hits]
             tokens = labels[hits, where]
             emissions.append((emitting, tokens, at[hits], log_prob[hits, where]))
-            stepped = model.predictor.step(tokens, select_rows(state, emitting))
-            state = replace_rows(state, emitting, stepped)
+            stepped = model.predictor.step(tokens, select_rows(predictor, emitting))
+            predictor = replace_rows(predictor, emitting, stepped)
             fresh = model.joiner.project_predictor(model.predictor.output(stepped))
             pred_p = pred_p.index_copy(0, emitting, fresh.to(pred_p.dtype))
-    return _collect(score, emissions)
+    return GreedyState(predictor, pred_p), _collect(emissions, enc.device), score
 
 
 def _collect(
-    score: torch.Tensor, emissions: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]
-) -> list[Hypothesis]:
-    """Sort the emissions by stream; their order in time is kept."""
-    hypotheses = [Hypothesis([], [], total) for total in score.tolist()]
-    if emissions:
-        rows, tokens, frames, log_probs = (torch.cat(column) for column in zip(*emissions, strict=True))
-        columns = (rows.tolist(), tokens.tolist(), frames.tolist(), log_probs.exp().tolist())
-        for row, token, frame, confidence in zip(*columns, strict=True):
-            hypotheses[row].tokens.append(token)
-            hypotheses[row].frames.append(frame)
-            hypotheses[row].confidences.append(confidence)
-    return hypotheses
+    emissions: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]], device: torch.device
+) -> Emissions:
+    if not emissions:
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        return Emissions(none, none, none, torch.zeros(0, device=device))
+    rows, tokens, frames, log_probs = (torch.cat(column) for column in zip(*emissions, strict=True))
+    return Emissions(rows, tokens, frames, log_probs.exp())

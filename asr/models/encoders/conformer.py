@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asr.models.layers.attention import Positions, attend
-from asr.models.layers.depthwise import depthwise_conv
+from asr.models.layers.attention import Positions, attend, attend_window
+from asr.models.layers.depthwise import depthwise_conv, depthwise_conv_after
 from asr.models.layers.dropout import Dropout
 from asr.models.layers.masks import attention_mask, length_mask
 from asr.models.layers.rotary import rotary_tables
@@ -48,6 +49,51 @@ class ConformerConfig:
             raise ValueError(f"model.encoder.dropout={self.dropout} is outside [0, 1)")
 
 
+class ConformerState(NamedTuple):
+    """What a batch of streams remembers; a stream is a row of each tensor, so rows may be taken, moved and put back.
+
+    A cache holds the latest frames, oldest first; a stream that began fewer frames ago has zeros before them.
+
+    keys: [B, N, L, D] of N blocks and L frames of left context, not rotated: the window of each chunk numbers them.
+    values: [B, N, L, D].
+    conv: [B, N, K - 1, D], inputs of the convolution of K frames.
+    frames: [B] int64, encoder frames so far, at most L.
+    """
+
+    keys: Tensor
+    values: Tensor
+    conv: Tensor
+    frames: Tensor
+
+
+class BlockState(NamedTuple):
+    """Of one block: keys and values [B, L, D], conv [B, K - 1, D]."""
+
+    keys: Tensor
+    values: Tensor
+    conv: Tensor
+
+
+class Window:
+    """The chunk of a step and the cached frames before it, as all blocks see them.
+
+    Args:
+        chunk_frames: C.
+        lens: [B] int64, frames of the chunk that are there, or None for all of them.
+        positions: of the L cached frames and the chunk.
+    """
+
+    def __init__(self, chunk_frames: int, lens: Tensor | None, positions: Positions):
+        self.chunk_frames, self.lens, self.positions = chunk_frames, lens, positions
+
+    def latest(self, x: Tensor) -> Tensor:
+        """Of a cache with the chunk behind it [B, L + C, D]: the L frames up to the chunk's last that is there."""
+        if self.lens is None:
+            return x[:, self.chunk_frames :]
+        kept = torch.arange(x.shape[1] - self.chunk_frames, device=x.device) + self.lens[:, None]
+        return x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
+
+
 class FeedForward(nn.Module):
     """LayerNorm, linear, SiLU, linear; [B, T, D] in and out."""
 
@@ -77,6 +123,15 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1))
         return self.dropout(self.out(attend(qkv, positions)))
 
+    def step(self, x: Tensor, window: Window, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A chunk [B, C, D] after cached keys and values [B, L, D]; the result, and the caches after it."""
+        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1))
+        keys = torch.cat([keys, qkv[:, :, 1].flatten(2)], dim=1)
+        values = torch.cat([values, qkv[:, :, 2].flatten(2)], dim=1)
+        heads = (self.num_heads, -1)
+        y = attend_window(qkv, keys.unflatten(-1, heads), values.unflatten(-1, heads), window.positions)
+        return self.out(y), window.latest(keys), window.latest(values)
+
 
 class ConvModule(nn.Module):
     """Gated pointwise, causal depthwise convolution, LayerNorm, SiLU, pointwise; [B, T, D] in and out.
@@ -97,6 +152,12 @@ class ConvModule(nn.Module):
         x = F.glu(self.gated(self.norm(x)), dim=-1)
         x = depthwise_conv(x, self.depthwise.weight, self.depthwise.bias)
         return self.dropout(self.out(F.silu(self.conv_norm(x))))
+
+    def step(self, x: Tensor, window: Window, before: Tensor) -> tuple[Tensor, Tensor]:
+        """A chunk [B, C, D] after the cached K - 1 inputs of the convolution; the result, and the cache after it."""
+        x = torch.cat([before, F.glu(self.gated(self.norm(x)), dim=-1)], dim=1)
+        y = depthwise_conv_after(x, self.depthwise.weight, self.depthwise.bias)
+        return self.out(F.silu(self.conv_norm(y))), window.latest(x)
 
 
 class ConformerBlock(nn.Module):
@@ -123,6 +184,15 @@ class ConformerBlock(nn.Module):
         x = x + self.attention(x, positions)
         x = x + self.conv(x)
         return torch.add(x, self.ff2(x), alpha=0.5)
+
+    def step(self, x: Tensor, window: Window, state: BlockState) -> tuple[Tensor, BlockState]:
+        """A chunk [B, C, D] after what the state holds; the result of ``forward`` without dropout, and the new state."""
+        x = torch.add(x, self.ff1(x), alpha=0.5)
+        y, keys, values = self.attention.step(x, window, state.keys, state.values)
+        x = x + y
+        y, conv = self.conv.step(x, window, state.conv)
+        x = x + y
+        return torch.add(x, self.ff2(x), alpha=0.5), BlockState(keys, values, conv)
 
 
 class Conformer(nn.Module):
@@ -194,3 +264,64 @@ class Conformer(nn.Module):
         for block in self.blocks:
             x = block(x, positions)
         return x, enc_lens
+
+    def init_state(self, batch_size: int, left_context_frames: int) -> ConformerState:
+        """The state of streams that have not begun.
+
+        Args:
+            batch_size: B.
+            left_context_frames: encoder frames before a chunk that it sees, 0 or more; the state holds as many.
+        """
+        if left_context_frames < 0:
+            raise ValueError(f"left_context_frames={left_context_frames}; a stream remembers a limited number, 0 or more")
+        config, like = self.config, self.feature_mean
+        cache = like.new_zeros(batch_size, config.num_layers, left_context_frames, config.dim)
+        conv = like.new_zeros(batch_size, config.num_layers, config.conv_kernel - 1, config.dim)
+        return ConformerState(cache, cache.clone(), conv, torch.zeros(batch_size, dtype=torch.int64, device=like.device))
+
+    def step(
+        self, features: Tensor, state: ConformerState, enc_lens: Tensor | None = None
+    ) -> tuple[Tensor, ConformerState]:
+        """Encodes the next chunk of each stream.
+
+        One chunk after another gives what ``forward`` gives under the mask of these chunks and this left context.
+        Streams begin when they like: rows of a state of ``init_state`` may replace any others.
+
+        Args:
+            features: [B, 4 C + 3, F] float, of which the last 3 frames are the first of the next chunk.
+            state: of B streams.
+            enc_lens: [B] int64, encoder frames that are there, 0 to C, for streams that end within the chunk or have
+                nothing to say (0 leaves a stream as it was); of these, features are there up to frame 4 n + 3, and
+                what stands behind is not heard. None is C for all.
+
+        Returns:
+            enc: [B, C, D], finite behind ``enc_lens`` too.
+            state: of the streams after the chunk.
+        """
+        batch_size, num_frames, num_bins = features.shape
+        if num_bins != self.feature_mean.numel() or num_frames < 7 or num_frames % 4 != 3:
+            raise ValueError(
+                f"features has shape {tuple(features.shape)}; expected [B, 4 C + 3, {self.feature_mean.numel()}]"
+            )
+        if state.frames.shape[0] != batch_size:
+            raise ValueError(f"features are of {batch_size} streams, the state of {state.frames.shape[0]}")
+        left, chunk = state.keys.shape[2], num_frames // 4
+        lens = None if enc_lens is None else enc_lens.to(state.frames)
+        x = (features - self.feature_mean) * self.feature_scale
+        if lens is not None:
+            x = x.masked_fill(~length_mask(4 * lens + 3, num_frames)[..., None], 0.0)
+        x = self.subsampling(x)
+        frame = torch.arange(left + chunk, device=x.device)
+        allowed = frame >= left - state.frames[:, None]
+        if lens is not None:
+            # who has nothing to say still needs one key, or its softmax would be over nothing
+            allowed &= frame < left + lens.clamp(min=1)[:, None]
+        cos, sin = rotary_tables(0, left + chunk, self.dim // self.config.num_heads, x.device)
+        window = Window(chunk, lens, Positions(allowed[:, None, None], cos, sin))
+        states = []
+        for block, *caches in zip(self.blocks, *(cache.unbind(1) for cache in state[:3]), strict=True):
+            x, after = block.step(x, window, BlockState(*caches))
+            states.append(after)
+        keys, values, conv = (torch.stack(caches, dim=1) for caches in zip(*states, strict=True))
+        frames = (state.frames + (chunk if lens is None else lens)).clamp(max=left)
+        return x, ConformerState(keys, values, conv, frames)

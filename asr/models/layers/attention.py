@@ -52,6 +52,24 @@ class Positions:
         return self._tables[dtype]
 
 
+def attend_window(qkv: Tensor, keys: Tensor, values: Tensor, positions: Positions) -> Tensor:
+    """Attention of a chunk's queries over a window that ends with the chunk.
+
+    Args:
+        qkv: [B, C, 3, H, d] of the chunk; only its queries are used.
+        keys, values: [B, W, H, d] of the window, W >= C, the keys not rotated.
+        positions: of the window; its mask is [B, 1, 1, W].
+
+    Returns:
+        [B, C, H * d].
+    """
+    chunk = qkv.shape[1]
+    q = apply_rotary(qkv[:, :, :1], positions.cos[-chunk:], positions.sin[-chunk:])[:, :, 0].transpose(1, 2)
+    k = apply_rotary(keys[:, :, None], positions.cos, positions.sin)[:, :, 0].transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, values.transpose(1, 2), attn_mask=positions.mask)
+    return y.transpose(1, 2).flatten(2)
+
+
 def attend(qkv: Tensor, positions: Positions) -> Tensor:
     """Multi-head attention of projected queries, keys and values [B, T, 3, H, d]; to [B, T, H * d]."""
     if qkv.device.type == "cpu" and qkv.requires_grad:

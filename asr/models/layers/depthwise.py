@@ -21,7 +21,11 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         [B, T, D].
     """
-    x = F.pad(x, (0, 0, weight.shape[-1] - 1, 0))
+    return depthwise_conv_after(F.pad(x, (0, 0, weight.shape[-1] - 1, 0)), weight, bias)
+
+
+def depthwise_conv_after(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same of [B, K - 1 + T, D], whose first K - 1 frames are those before; to [B, T, D]."""
     if x.device.type == "cpu" and x.requires_grad:
         return _DepthwiseConv.apply(x, weight, bias)  # type: ignore[no-any-return]
     return _convolve(x, weight, bias)

@@ -14,6 +14,26 @@ BLANK = 0
 
 
 @dataclass
+class EndpointConfig:
+    """When a stretch of a stream is over, as device runtimes decide it; silence is time without a token.
+
+    Args:
+        silence_s: silence after which a stretch without text ends.
+        silence_after_text_s: silence after the last token of a stretch with text.
+        max_segment_s: longest stretch.
+    """
+
+    silence_s: float = 2.4
+    silence_after_text_s: float = 1.2
+    max_segment_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name in ("silence_s", "silence_after_text_s", "max_segment_s"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"decoding.endpoint.{name}={getattr(self, name)} must be above 0")
+
+
+@dataclass
 class DecodingConfig:
     """How encoder output becomes tokens.
 
@@ -27,6 +47,7 @@ class DecodingConfig:
         chunk_ms: what the encoder hears at a time: full for whole utterances, or a multiple of 40 ms for the result of
             a stream in such chunks. A model that was trained with several (training.chunk_ms) decodes at all of them.
         left_context_ms: with a chunk, how far the encoder hears back beyond it: a multiple of 40 ms, or full.
+        endpoint: when a stretch of a stream ends.
     """
 
     search: Literal["greedy", "modified_beam_search"] = "greedy"
@@ -35,6 +56,7 @@ class DecodingConfig:
     beam: int = 4
     chunk_ms: Milliseconds = "full"
     left_context_ms: Milliseconds = 5120
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
 
     def __post_init__(self) -> None:
         for name, least in (("max_symbols_per_frame", 1), ("beam", 1), ("batch_duration_s", 0.1)):

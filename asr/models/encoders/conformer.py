@@ -186,7 +186,7 @@ class ConformerBlock(nn.Module):
         return torch.add(x, self.ff2(x), alpha=0.5)
 
     def step(self, x: Tensor, window: Window, state: BlockState) -> tuple[Tensor, BlockState]:
-        """A chunk [B, C, D] after what the state holds; the result of ``forward`` without dropout, and the new state."""
+        """A chunk [B, C, D] after what the state holds: ``forward`` without dropout, and the new state."""
         x = torch.add(x, self.ff1(x), alpha=0.5)
         y, keys, values = self.attention.step(x, window, state.keys, state.values)
         x = x + y
@@ -273,11 +273,12 @@ class Conformer(nn.Module):
             left_context_frames: encoder frames before a chunk that it sees, 0 or more; the state holds as many.
         """
         if left_context_frames < 0:
-            raise ValueError(f"left_context_frames={left_context_frames}; a stream remembers a limited number, 0 or more")
+            raise ValueError(f"left_context_frames={left_context_frames}; a stream remembers a number of 0 or more")
         config, like = self.config, self.feature_mean
         cache = like.new_zeros(batch_size, config.num_layers, left_context_frames, config.dim)
         conv = like.new_zeros(batch_size, config.num_layers, config.conv_kernel - 1, config.dim)
-        return ConformerState(cache, cache.clone(), conv, torch.zeros(batch_size, dtype=torch.int64, device=like.device))
+        frames = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
+        return ConformerState(cache, cache.clone(), conv, frames)
 
     def step(
         self, features: Tensor, state: ConformerState, enc_lens: Tensor | None = None

@@ -67,7 +67,9 @@ class TinyTransducer(nn.Module):
         self.dim = dim
         self.double().eval()
 
-    def encode(self, features: torch.Tensor, feature_lens: torch.Tensor, *context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(
+        self, features: torch.Tensor, feature_lens: torch.Tensor, *context: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         lens = ((feature_lens - 3) // 4).clamp(min=0)
         log_mel = features[:, : 4 * int(lens.max()) : 4, : self.dim].double()
         return (log_mel + 8) / 3, lens

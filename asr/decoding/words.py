@@ -1,0 +1,60 @@
+"""Words of a token sequence, with times and confidences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from asr.data.tokenizer import BLANK, SPACE, UNKNOWN
+from asr.models.context import ENCODER_FRAME_MS
+
+FRAME_S = ENCODER_FRAME_MS / 1000
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word as it was emitted: from the frame of its first token to the end of the frame of its last, in seconds.
+
+    Transducers emit a token once they are sure of it, often behind its sound, and say nothing of its length.
+    ``confidence`` is the product of those of its tokens: the probability of the word given what came before.
+    """
+
+    text: str
+    start_s: float
+    end_s: float
+    confidence: float
+
+
+def timed_words(
+    symbols: Sequence[str], tokens: Sequence[int], frames: Sequence[int], confidences: Sequence[float]
+) -> list[Word]:
+    """Splits tokens at the spaces that their symbols hold (U+2581), as ``Tokenizer.decode`` does.
+
+    Args:
+        symbols: of the tokenizer, by token id.
+        tokens, frames, confidences: as in ``Hypothesis``, frames of 40 ms from the start of the audio.
+    """
+    words: list[Word] = []
+    # of the word that is being spelt: its characters, and the positions of their tokens
+    text = ""
+    parts: list[int] = []
+
+    def close() -> None:
+        if text:
+            confidence = math.prod(confidences[i] for i in dict.fromkeys(parts))
+            words.append(Word(text, frames[parts[0]] * FRAME_S, (frames[parts[-1]] + 1) * FRAME_S, confidence))
+
+    for i, token in enumerate(tokens):
+        symbol = symbols[token]
+        if symbol in (BLANK, UNKNOWN):
+            continue
+        for character in symbol.replace(SPACE, " "):
+            if character.isspace():
+                close()
+                text, parts = "", []
+            else:
+                text += character
+                parts.append(i)
+    close()
+    return words

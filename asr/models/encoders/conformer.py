@@ -310,7 +310,8 @@ class Conformer(nn.Module):
         lens = None if enc_lens is None else enc_lens.to(state.frames)
         x = (features - self.feature_mean) * self.feature_scale
         if lens is not None:
-            x = x.masked_fill(~length_mask(4 * lens + 3, num_frames)[..., None], 0.0)
+            there = torch.where(lens > 0, 4 * lens + 3, 0)
+            x = x.masked_fill(~length_mask(there, num_frames)[..., None], 0.0)
         x = self.subsampling(x)
         frame = torch.arange(left + chunk, device=x.device)
         allowed = frame >= left - state.frames[:, None]

@@ -11,7 +11,7 @@ import kaldi_native_fbank
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lhotse import CutSet
 
@@ -319,3 +319,40 @@ def group_is_alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@given(
+    num_samples=st.one_of(st.integers(0, 900), st.integers(900, 40000)),
+    pieces=st.lists(st.integers(0, 9000), min_size=1, max_size=30),
+    tail_chunk_ms=st.sampled_from([160, 320, 640]),
+)
+@settings(max_examples=60, deadline=None)
+def test_features_of_pieces_are_those_of_the_whole(num_samples: int, pieces: list[int], tail_chunk_ms: int) -> None:
+    config = FeatureConfig(tail_chunk_ms=tail_chunk_ms)
+    samples = np.random.default_rng(num_samples).standard_normal(num_samples).astype(np.float32) / 8
+    stream = Fbank(config).stream()
+    ends = np.minimum(np.cumsum(pieces), num_samples)
+    found = [stream.accept(piece) for piece in np.split(samples, ends)]
+    found.append(stream.finish())
+    assert np.array_equal(np.concatenate(found), Fbank(config).extract(pad_tail(samples, config)))
+    assert stream.num_samples == num_samples
+
+
+def test_features_of_single_samples() -> None:
+    samples = np.random.default_rng(0).standard_normal(1000).astype(np.float32) / 8
+    stream = Fbank().stream()
+    found = [stream.accept(samples[i : i + 1]) for i in range(1000)]
+    # frame t is known with the sample 280 behind its time
+    assert [len(rows) for rows in found] == [int(i >= 279 and (i - 279) % 160 == 0) for i in range(1000)]
+    assert np.array_equal(
+        np.concatenate([*found, stream.finish()]), Fbank().extract(pad_tail(samples, FeatureConfig()))
+    )
+
+
+def test_a_stream_refuses_what_features_cannot_hold() -> None:
+    stream = Fbank().stream()
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        stream.accept(np.array([0.0, np.nan], dtype=np.float32))
+    with pytest.raises(ValueError, match=r"float32 \[N\], got float64"):
+        stream.accept(np.zeros(3))
+    assert stream.num_samples == 0

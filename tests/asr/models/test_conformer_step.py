@@ -1,0 +1,120 @@
+"""One chunk after another gives what the encoder gives of the whole utterance under the mask of these chunks."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from asr.models.encoders.conformer import Conformer, ConformerState
+from tests.asr.models.test_conformer import make
+
+FLOAT32 = 1e-5
+
+
+@pytest.fixture(scope="module")
+def model() -> Conformer:
+    return make()
+
+
+@torch.no_grad()
+def whole(model: Conformer, features: Tensor, chunk: int, left: int) -> Tensor:
+    """[T', D] of one utterance [T, F]."""
+    enc, lens = model(features[None], torch.tensor([len(features)]), chunk, left)
+    return enc[0, : int(lens[0])]
+
+
+def moved(state: ConformerState) -> ConformerState:
+    """As another process reads it."""
+    file = io.BytesIO()
+    torch.save(state._asdict(), file)
+    file.seek(0)
+    return ConformerState(**torch.load(file, weights_only=True))
+
+
+@torch.no_grad()
+def streamed(
+    model: Conformer, utterances: list[Tensor], starts: list[int], chunk: int, left: int, rows: int
+) -> list[Tensor]:
+    """Each utterance from the step on at which it starts, or once a row is free; garbage where nothing is to hear."""
+    state, fresh = model.init_state(rows, left), model.init_state(1, left)
+    waiting = sorted(range(len(utterances)), key=lambda i: starts[i])
+    at: dict[int, tuple[int, int]] = {}  # by row: utterance, encoder frames heard
+    outputs: list[list[Tensor]] = [[] for _ in utterances]
+    step = 0
+    while waiting or at:
+        for row in range(rows):
+            if row not in at and waiting and starts[waiting[0]] <= step:
+                at[row] = (waiting.pop(0), 0)
+                for old, new in zip(state, fresh, strict=True):
+                    old[row : row + 1] = new
+        features = torch.full((rows, 4 * chunk + 3, 80), float("nan"))
+        counts = [0] * rows
+        for row, (i, heard) in at.items():
+            counts[row] = min(chunk, (len(utterances[i]) - 3) // 4 - heard)
+            part = utterances[i][4 * heard : 4 * (heard + counts[row]) + 3]
+            features[row, : len(part)] = part
+        lens = torch.tensor(counts)
+        before = moved(state) if step % 3 == 2 else state
+        enc, state = model.step(features, before, None if min(counts) == chunk else lens)
+        assert torch.isfinite(enc).all()
+        for row in range(rows):
+            if counts[row] == 0:
+                assert all(torch.equal(old[row], new[row]) for old, new in zip(before, state, strict=True))
+        for row, (i, heard) in list(at.items()):
+            outputs[i].append(enc[row, : counts[row]])
+            at[row] = (i, heard + counts[row])
+            if heard + counts[row] == (len(utterances[i]) - 3) // 4:
+                del at[row]
+        step += 1
+    return [torch.cat(parts) for parts in outputs]
+
+
+@given(
+    chunk=st.integers(1, 20),
+    left=st.integers(0, 50),
+    rows=st.integers(1, 4),
+    utterances=st.lists(st.tuples(st.integers(1, 70), st.integers(0, 6)), min_size=1, max_size=6),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=60, deadline=None)
+def test_chunks_equal_the_whole(chunk: int, left: int, rows: int, utterances: list[tuple[int, int]], seed: int) -> None:
+    model = make()
+    generator = torch.Generator().manual_seed(seed)
+    features = [torch.randn(4 * frames + 3, 80, generator=generator) * 2 for frames, _ in utterances]
+    found = streamed(model, features, [start for _, start in utterances], chunk, left, rows)
+    for one, out in zip(features, found, strict=True):
+        assert (out - whole(model, one, chunk, left)).abs().max() < FLOAT32
+
+
+def test_a_long_stream_stays_exact_and_takes_no_more_memory(model: Conformer) -> None:
+    """Positions are those of the window, so that an hour is as exact as a second."""
+    chunk, left, repeats = 8, 16, 1500  # 8 minutes
+    sound = torch.randn(4 * chunk * 10, 80)
+    state = model.init_state(1, left)
+    sizes = [tensor.shape for tensor in state]
+    outputs = []
+    with torch.no_grad():
+        features = torch.cat([sound, sound[:3]])
+        for repeat in range(repeats):
+            at = 4 * chunk * (repeat % 10)
+            enc, state = model.step(features[None, at : at + 4 * chunk + 3], state)
+            if repeat in (10 * 3 + 9, repeats - 1):
+                outputs.append(enc)
+    assert [tensor.shape for tensor in state] == sizes
+    assert (outputs[0] - outputs[1]).abs().max() < FLOAT32
+
+
+def test_what_is_no_chunk_is_refused(model: Conformer) -> None:
+    state = model.init_state(2, 8)
+    for shape in ((2, 32, 80), (2, 3, 80), (2, 35, 40)):
+        with pytest.raises(ValueError, match=r"expected \[B, 4 C \+ 3, 80\]"):
+            model.step(torch.zeros(shape), state)
+    with pytest.raises(ValueError, match="features are of 3 streams, the state of 2"):
+        model.step(torch.zeros(3, 35, 80), state)
+    with pytest.raises(ValueError, match="left_context_frames=-1"):
+        model.init_state(2, -1)

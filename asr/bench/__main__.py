@@ -1,4 +1,4 @@
-"""``python -m asr.bench NAME [options]``: measurements of training that take several processes."""
+"""``python -m asr.bench NAME [options]``: measurements that take longer than a test, or several processes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from asr.errors import UserError
 BENCHMARKS = {
     "kills": "kill a worker at a random moment, again and again: does the run end as if nothing had been?",
     "parallel": "training on several processes, and within a limit of memory: equality, memory, speed",
+    "streaming": "decoding as audio comes: time of a chunk, and how many times real time many streams are decoded",
 }
 
 

@@ -319,7 +319,9 @@ class Conformer(nn.Module):
             # who has nothing to say still needs one key, or its softmax would be over nothing
             allowed &= frame < left + lens.clamp(min=1)[:, None]
         cos, sin = rotary_tables(0, left + chunk, self.dim // self.config.num_heads, x.device)
-        window = Window(chunk, lens, Positions(allowed[:, None, None], cos, sin))
+        # as numbers to add: attention would turn it into them in each block
+        bias = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill(~allowed, -torch.inf)
+        window = Window(chunk, lens, Positions(bias[:, None, None], cos, sin))
         states = []
         for block, *caches in zip(self.blocks, *(cache.unbind(1) for cache in state[:3]), strict=True):
             x, after = block.step(x, window, BlockState(*caches))

@@ -58,7 +58,7 @@ def attend_window(qkv: Tensor, keys: Tensor, values: Tensor, positions: Position
     Args:
         qkv: [B, C, 3, H, d] of the chunk; only its queries are used.
         keys, values: [B, W, H, d] of the window, W >= C, the keys not rotated.
-        positions: of the window; its mask is [B, 1, 1, W].
+        positions: of the window; its mask is [B, 1, 1, W], bool or numbers that are added to the scores.
 
     Returns:
         [B, C, H * d].

@@ -23,12 +23,12 @@ from asr.data.tokenizer import Tokenizer, UnknownToken
 from asr.decoding.decode import Decoded, evaluation_mode
 from asr.decoding.score import worst_utterances
 from asr.decoding.search import BLANK
+from asr.models.context import ENCODER_FRAME_MS
 from losses import occupancy
 
 if TYPE_CHECKING:  # asr.config imports asr.decoding
     from asr.config import Experiment
 
-ENCODER_FRAME_S = 0.04
 # Logits of one block of frames: about 64 MB in float32.
 _BLOCK_LOGITS = 16_000_000
 
@@ -130,7 +130,7 @@ def emission_figure(posteriors: EmissionPosteriors) -> Figure:
 
     Drawn through matplotlib's objects, without pyplot and its global state; ``figure.savefig(path)`` works anywhere.
     """
-    times = ENCODER_FRAME_S * np.arange(len(posteriors.blank))
+    times = ENCODER_FRAME_MS / 1000 * np.arange(len(posteriors.blank))
     width = float(np.clip(0.12 * len(times), 7, 24))
     figure = Figure(figsize=(width, 5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -173,7 +173,7 @@ def emissions_to_dict(utterances: Iterable[EmissionPosteriors]) -> dict[str, Any
         series += [
             {"symbol": symbol, "posterior": rounded(one.label_posterior[:, u])} for u, symbol in enumerate(one.symbols)
         ]
-        row = {"cut_id": one.cut_id, "text": one.text, "frame_shift_s": ENCODER_FRAME_S, "series": series}
+        row = {"cut_id": one.cut_id, "text": one.text, "frame_shift_s": ENCODER_FRAME_MS / 1000, "series": series}
         found.append(row)
     return {"utterances": found}
 

@@ -13,7 +13,7 @@ from asr.data.fbank import EXTRA_FRAMES, SUBSAMPLING, Fbank, FbankStream
 from asr.data.tokenizer import Tokenizer
 from asr.decoding.greedy import advance_greedy, init_greedy
 from asr.decoding.search import Hypothesis
-from asr.decoding.words import FRAME_S, Word, timed_words
+from asr.decoding.words import Word, seconds_of, timed_words
 from asr.errors import UserError
 
 if TYPE_CHECKING:  # asr.config imports asr.decoding
@@ -130,8 +130,8 @@ class Stream:
     def _segment(self, final: bool) -> Segment:
         tokens, frames, confidences = self._open.tokens, self._open.frames, self._open.confidences
         return Segment(
-            self._open.start * FRAME_S,
-            self.frames * FRAME_S,
+            seconds_of(self._open.start),
+            seconds_of(self.frames),
             Hypothesis(list(tokens), list(frames), self._open.score, list(confidences)),
             self._tokenizer.decode(tokens),
             timed_words(self._symbols, tokens, frames, confidences),
@@ -265,9 +265,9 @@ class StreamingRecognizer:
         if rules is None:
             return False
         now, found = stream.frames, stream._open
-        silence_s = (now - (found.frames[-1] + 1 if found.frames else found.start)) * FRAME_S
+        silence_s = seconds_of(now - (found.frames[-1] + 1 if found.frames else found.start))
         enough_s = rules.silence_after_text_s if found.tokens else rules.silence_s
-        return silence_s >= enough_s - 1e-6 or (now - found.start) * FRAME_S >= rules.max_segment_s - 1e-6
+        return silence_s >= enough_s or seconds_of(now - found.start) >= rules.max_segment_s
 
 
 def _size(states: Any) -> int:

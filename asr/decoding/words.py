@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from asr.data.tokenizer import BLANK, SPACE, UNKNOWN
 from asr.models.context import ENCODER_FRAME_MS
 
-FRAME_S = ENCODER_FRAME_MS / 1000
+
+def seconds_of(frames: int) -> float:
+    """The time at which an encoder frame begins."""
+    return frames * ENCODER_FRAME_MS / 1000
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def timed_words(
     def close() -> None:
         if text:
             confidence = math.prod(confidences[i] for i in dict.fromkeys(parts))
-            words.append(Word(text, frames[parts[0]] * FRAME_S, (frames[parts[-1]] + 1) * FRAME_S, confidence))
+            words.append(Word(text, seconds_of(frames[parts[0]]), seconds_of(frames[parts[-1]] + 1), confidence))
 
     for i, token in enumerate(tokens):
         symbol = symbols[token]

@@ -162,6 +162,7 @@ class StreamingRecognizer:
 
     Raises:
         UserError: a search or a context that cannot stream.
+        ValueError: the model is in training mode.
     """
 
     def __init__(
@@ -173,6 +174,8 @@ class StreamingRecognizer:
         *,
         endpoints: bool = True,
     ):
+        if model.training:
+            raise ValueError("the model is in training mode; call model.eval()")
         decoding = config.decoding
         for name in ("chunk_ms", "left_context_ms"):
             if getattr(decoding, name) == "full":

@@ -78,12 +78,12 @@ def decode_in_streams(
     if streams < 1:
         raise UserError(f"{streams} streams hear nothing; at least 1 is needed")
     ranks = ranks or Ranks()
-    recognizer = StreamingRecognizer(model, tokenizer, config, device, endpoints=False)
-    piece = int(config.decoding.chunk_ms) * SAMPLE_RATE_HZ // 1000
     order = sorted(cuts, key=lambda cut: (-cut.duration, cut.id))[ranks.rank :: ranks.size]
     results: list[Decoded] = []
     speaking: list[_Source] = []
     with evaluation_mode(model), closing(_read_ahead(order, streams)) as waiting:
+        recognizer = StreamingRecognizer(model, tokenizer, config, device, endpoints=False)
+        piece = int(config.decoding.chunk_ms) * SAMPLE_RATE_HZ // 1000
         while True:
             while len(speaking) < streams and (read := next(waiting, None)) is not None:
                 speaking.append(_Source(*read, recognizer.open()))

@@ -105,7 +105,8 @@ class Parallel:
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply all gradients."""
-        torch._foreach_mul_(self._gradients(), factor)
+        if gradients := self._gradients():  # none where all batches were skipped
+            torch._foreach_mul_(gradients, factor)
 
     def _gradients(self) -> list[Tensor]:
         """This process's part of each gradient."""

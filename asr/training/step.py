@@ -151,6 +151,8 @@ class Stepper:
         used_count, used_batches, skipped, audio_s, real_batches, size, *sums = self.ranks.sum(
             [*used, sizes, *tried.sums.values()]
         )
+        if not used_batches:  # stand-ins alone: gradients of 0 are no step
+            tried.kept = 0
         bad.skipped(round(skipped))
         norm = self._update(tried, max(count, 1) / max(used_count, 1), bad, used_batches)
         progress.step += 1
@@ -334,7 +336,7 @@ class _Attempt:
         sums: of the losses.
         used: what is in the gradients.
         skipped: what is not, and why.
-        kept: rounds in which nothing was skipped.
+        kept: rounds in which nothing was skipped; 0 where none of them had a batch that counts.
         rounds: all of them.
     """
 

@@ -98,11 +98,6 @@ class Parallel:
         since whole ones would take the memory that was to be saved."""
         return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) else contextlib.nullcontext()
 
-    @property
-    def averages(self) -> bool:
-        """Whether a backward pass averages whole gradients, and a forward pass readies that."""
-        return isinstance(self.forward, DistributedDataParallel)
-
     def scale_gradients(self, factor: float) -> None:
         """Multiply all gradients."""
         if gradients := self._gradients():  # none where all batches were skipped

@@ -61,11 +61,12 @@ def _rows(batch: Batch, rows: torch.Tensor) -> Batch:
 
 
 def stand_in(batch: Batch) -> Batch:
-    """The beginning of an utterance of the batch, without its text: next to nothing, for a process without a piece."""
+    """An utterance of silence, as long as the beginning of one of the batch and without text: next to nothing, for a
+    process without a piece. Nothing that may be wrong with the batch is in it: 0 times its loss must be 0."""
     first = _rows(batch, torch.zeros(1, dtype=torch.int64))
     return replace(
         first,
-        features=first.features[:, :STAND_IN_FRAMES].nan_to_num(),
+        features=torch.zeros_like(first.features[:, :STAND_IN_FRAMES]),
         feature_lens=first.feature_lens.clamp(max=STAND_IN_FRAMES),
         targets=first.targets[:, :0],
         target_lens=torch.zeros_like(first.target_lens),

@@ -204,9 +204,11 @@ class Stepper:
                 losses = self._tried(turn, partial(self._forward, turn.part, micro, done))
                 finite = losses is None or bool(torch.isfinite(losses.loss))
                 broken, over = ranks.sum([not finite, losses is None])
+                if over:
+                    losses = None
+                    free_memory()
                 if over or (broken and last):
-                    losses = None if over else losses
-                    self._average(turn, micro, done)
+                    self._close_pass(turn, micro, done)
                 if over:
                     return False
                 assert losses is not None
@@ -225,12 +227,13 @@ class Stepper:
                     tried.sums[name] += 0.0 if value is None else value.item()
         return True
 
-    def _average(self, turn: _Round, micro: int, done: float) -> None:
-        """Averages whole gradients over processes by the passes of next to nothing, where the last batch of a step has
-        no backward pass: its forward pass has readied the averaging."""
-        if self.parallel.averages:
-            free_memory()
-            (self._forward(stand_in(turn.batch), micro, done).loss * 0.0).backward()
+    def _close_pass(self, turn: _Round, micro: int, done: float) -> None:
+        """Passes of next to nothing, where the last batch of a step has no backward pass, which engines wait for since
+        its forward pass: to average whole gradients over processes, or to give up the weights that were gathered, which
+        would hide the shares and their gradients from the optimizer's step, and its new weights from the next one."""
+        if self.ranks.size > 1:
+            # in the thread that computes: see `Computing`
+            self.computing.call(lambda: (self._forward(stand_in(turn.batch), micro, done).loss * 0.0).backward())
 
     def _tried(self, turn: _Round, compute: Callable[[], Any], alone: bool = False) -> Any:
         """What it returns; None if memory did not suffice, and the batch is to be computed in more pieces.

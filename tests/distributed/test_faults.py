@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,17 @@ from asr.training.faults import BadBatches, Termination, TooManyBadBatches
 from asr.training.launch import torchrun
 from asr.training.ranks import Ranks, _meet, place
 from asr.training.trainer_config import ParallelConfig
-from tests.asr.training.runs import SETTINGS, experiment, make_trainer, newest, read_data, records, spoil, write_data
+from tests.asr.training.runs import (
+    NO_DROPOUT,
+    SETTINGS,
+    experiment,
+    make_trainer,
+    newest,
+    read_data,
+    records,
+    spoil,
+    write_data,
+)
 from tests.distributed.processes import together
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -123,6 +135,42 @@ def test_a_bad_batch_of_one_process_is_left_out_by_all(zero: int, tmp_path: Path
             assert all(torch.equal(left[name], right[name]) for name in left)
         else:
             assert (out / "stopped-0").exists() and (out / "stopped-1").exists()
+
+
+def _last_is_bad(ranks: Ranks, data: Path, out: Path) -> None:
+    """Two steps of four batches, of which the last two, or the last of two processes, are of no number at first."""
+    for zero in (0, 2, 3):
+        for spoilt in (math.nan, math.inf):
+            settings = [*ALL_BATCHES, *NO_DROPOUT, f"parallel.zero={zero}", f"training.accumulation={4 // ranks.size}"]
+            trainer = make_trainer(experiment(*settings), read_data(data), out / f"{ranks.size}", ranks)
+            trainer.parallel.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+            trainer.model.train()
+            bad = BadBatches(out / "bad", 2, 0, lambda **_: None, lambda _: None, f"-rank{ranks.rank}")
+            records = []
+            for batches, own in islice(trainer.batches_of_epoch(), 2):
+                if not records and ranks.rank == ranks.size - 1:
+                    for batch in batches[2 // ranks.size :]:
+                        batch.features[:] = spoilt
+                records.append(trainer.step(batches, bad, own))
+            assert bad.count == 2 // ranks.size
+            weights = trainer.parallel.weights()
+            if ranks.first:
+                numbers = [(record["loss"], record["grad_norm"]) for record in records]
+                torch.save((weights, numbers), out / f"{ranks.size}-{zero}-{spoilt}.pt")
+
+
+def test_the_rest_of_a_step_counts_whose_last_batch_is_bad(data: Path, tmp_path: Path) -> None:
+    """As on one process: the gradients of the other batches are averaged, divided by their count, clipped and used,
+    and the next step begins with the new weights."""
+    for size in (1, 2):
+        together(size, _last_is_bad, data, tmp_path)
+    expected, numbers = torch.load(tmp_path / "1-0-nan.pt")
+    for path in tmp_path.glob("2-*.pt"):
+        weights, found = torch.load(path)
+        for one, other in zip(numbers, found, strict=True):
+            assert other == pytest.approx(one, rel=1e-5), path
+        for name, weight in expected.items():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6)
 
 
 def _stop_second(ranks: Ranks, data: Path, out: Path) -> None:

@@ -266,9 +266,17 @@ class Trainer:
         result = self._judge(weights, metrics, stop)
         progress = self.progress
         if result.rank < (progress.best_errors, progress.best_loss):
+            before = progress.best_errors, progress.best_loss
             progress.best_errors, progress.best_loss = result.rank
-            with self.watchdog.patience():
-                self.ranks.from_first(lambda: self._save_best(weights))
+            try:
+                with self.watchdog.patience():
+                    self.ranks.from_first(lambda: self._save_best(weights))
+            except OSError as error:
+                if self.saver is None:
+                    raise
+                progress.best_errors, progress.best_loss = before  # what best.pt is of
+                reason = error.strerror or error
+                self.line.say(f"error: {self.out_dir / 'best.pt'} is not written: {reason}; training goes on")
         return result
 
     def _judge(self, weights: dict[str, Tensor], metrics: MetricsWriter, stop: Termination) -> Validation:
@@ -401,7 +409,7 @@ class Trainer:
         if self.progress.step == 0 and best_path.is_file():  # another run's; averaging would take it for a candidate
             best_path.replace(best_path.with_name("best.pt.old"))
         (self.out_dir / "config.yaml").write_text(dump(self.experiment), encoding="utf-8")
-        metrics = MetricsWriter(self.out_dir, self.config.tensorboard, self.progress.step)
+        metrics = MetricsWriter(self.out_dir, self.config.tensorboard, self.progress.step, self.line.say)
         counts = parameter_counts(self.model)
         metrics.write(
             "start",

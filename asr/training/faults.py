@@ -71,9 +71,9 @@ class BadBatches:
         self.count += count
         if self.count > self.allowed:
             raise TooManyBadBatches(
-                f"{self.count} batches had a non-finite loss or gradient and training.max_bad_batches={self.allowed}"
-                f" allows no more; look at the utterances dumped in {self.folder}, or lower optim.lr or"
-                " optim.clip_grad_norm, then go on with --resume auto"
+                f"{self.count} batches had a non-finite loss or gradient, or did not fit in memory, and"
+                f" training.max_bad_batches={self.allowed} allows no more; look at the utterances dumped in"
+                f" {self.folder}, or lower optim.lr or optim.clip_grad_norm, then go on with --resume auto"
             )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from asr.atomic import write_whole
 from asr.data.batch import Batch
 from asr.training.memory import return_freed_memory
 from losses.memory import MemoryLimitError
@@ -83,11 +84,12 @@ class Pieces:
 
     Args:
         folder: where each process notes which batches did not fit, so that the run goes on from there after it had to
-            start again; read at the beginning.
+            start again; read at the beginning, unless it was with other settings: they are how one makes things fit.
         lower_after: after so many steps without memory the limit falls.
         cost: of a batch of so many utterances, padded to so many frames.
         limit: most that a piece may cost.
         suffix: of this process's note.
+        settings: all that memory depends on.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class Pieces:
         cost: Callable[[int, int], float] = padded_frames,
         limit: float = math.inf,
         suffix: str = "",
+        settings: str = "",
     ):
+        self._settings = settings
         self._path, self._lower_after, self._cost, self.limit = (
             folder / f"pieces{suffix}.json",
             lower_after,
@@ -108,6 +112,8 @@ class Pieces:
         self._known: dict[str, int] = {}
         for path in sorted(folder.glob("pieces*.json")):
             note = json.loads(path.read_text(encoding="utf-8"))
+            if note.get("settings") != settings:
+                continue
             self.events = max(self.events, note["events"])
             if note["limit"] is not None and note["cost"] == cost.__name__:
                 self.limit = min(self.limit, note["limit"])
@@ -145,11 +151,11 @@ class Pieces:
             "limit": None if self.limit == math.inf else self.limit,
             "cost": self._cost.__name__,
             "known": self._known,
+            "settings": self._settings,
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(note), encoding="utf-8")
-        partial.replace(self._path)
+        # whole also after a power cut: no run could begin with half of it
+        write_whole(self._path, lambda file: file.write(json.dumps(note).encode()))
         return said
 
 

@@ -152,10 +152,13 @@ class Trainer:
         if total_s <= 0:
             raise UserError("the training cuts are empty; run prepare and features, and look at bad_rows.txt")
         suffix = f"-rank{self.ranks.rank}" if self.ranks.size > 1 else ""
-        pieces = Pieces(self.out_dir / "memory", experiment.memory.lower_after, suffix=suffix)
+        parts = (experiment.model, experiment.loss, experiment.memory, experiment.parallel)
+        settings = repr((*parts, self.precision, self.config.precision_overrides, self.device.type, self.ranks.size))
+        folder, lower_after = self.out_dir / "memory", experiment.memory.lower_after
+        pieces = Pieces(folder, lower_after, suffix=suffix, settings=settings)
         if memory.pieces is not None:
             costs, limit = memory.pieces
-            pieces = Pieces(self.out_dir / "memory", experiment.memory.lower_after, costs.cost, limit, suffix)
+            pieces = Pieces(folder, lower_after, costs.cost, limit, suffix, settings)
         self.stepper = Stepper(
             replace(experiment, loss=memory.loss),
             self.parallel,

@@ -95,6 +95,8 @@ def test_the_split_batch_gives_the_same_step(
     assert len(tried) == 4  # it is known now
     again = make_trainer(experiment(*WHOLE), data, tmp_path / "split")
     assert again.stepper.pieces.of(batch) == 4  # to a run that starts again too
+    less = make_trainer(experiment(*WHOLE, "memory.checkpointing=full"), data, tmp_path / "split")
+    assert less.stepper.pieces.of(batch) == 1  # but not to one that takes less memory
 
 
 def test_utterances_that_do_not_fit_alone_are_left_out(

@@ -36,7 +36,7 @@ from asr.training.parallel import Parallel, fill, whole
 from asr.training.pieces import Pieces
 from asr.training.precision import override_precision, resolve_precision
 from asr.training.ranks import Ranks
-from asr.training.sharded_checkpoint import FolderSaver
+from asr.training.sharded_checkpoint import SAVED, FolderSaver
 from asr.training.step import Progress, Stepper, seed_of
 from asr.training.validation import Validation, validate
 from asr.training.watchdog import Watchdog
@@ -549,7 +549,13 @@ def train(
 
     ranks = ranks or Ranks()
     trainer = Trainer(experiment, data, Path(out_dir), device, command, ranks)
-    start = ranks.from_first(lambda: find_resume(resume, Path(out_dir), trainer.line.say))
+
+    def find_start() -> Path | None:
+        # who takes the place of killed processes goes on from what they saved, wherever they had begun
+        wanted = "auto" if ranks.noted_before(SAVED) else resume
+        return find_resume(wanted, Path(out_dir), trainer.line.say)
+
+    start = ranks.from_first(find_start)
     if start is not None:
         trainer.resume(start)
     with Termination() as stop:

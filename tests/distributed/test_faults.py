@@ -202,14 +202,16 @@ def command(data: Path, out: Path, *settings: str) -> list[str]:
 
 
 def test_torchrun_trains_and_a_killed_worker_comes_back(data: Path, tmp_path: Path) -> None:
-    """SIGKILL to one worker: all start anew from the newest checkpoint, and end with what a run in peace ends with."""
+    """SIGKILL to one worker: all start anew from the newest checkpoint, and end with what a run in peace ends with.
+
+    Also where the command says --resume none, which is where the run began and not where it goes on.
+    """
     limits = ["parallel.zero=3", "training.max_epochs=6", "training.checkpoint_every_steps=1", "training.keep_last=3"]
     peace = subprocess.run(command(data, tmp_path / "peace", *limits), capture_output=True, text=True, timeout=300)
     assert peace.returncode == 0, peace.stderr[-3000:]
     assert re.search(r"finished at step \d+; report", peace.stdout) and peace.stdout.count("finished at step") == 1
-    process = subprocess.Popen(
-        command(data, tmp_path / "killed", *limits), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    anew = [*command(data, tmp_path / "killed", *limits), "--resume", "none"]
+    process = subprocess.Popen(anew, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while len(step_checkpoints(tmp_path / "killed" / "checkpoints")) < 2:
         assert time.monotonic() < deadline and process.poll() is None

@@ -97,7 +97,7 @@ def run_processes(processes: int, restarts: int, command: str, *words: str, node
         return process.wait()
     except (Terminated, KeyboardInterrupt):
         process.terminate()  # torchrun hands it on to its processes, which save
-        process.wait(GRACE_S)
+        process.wait(GRACE_S + 30.0)  # it ends those that take longer
         raise
 
 
@@ -108,6 +108,8 @@ def main(words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
+    if "--shutdown-timeout" in run.get_args_parser().format_help():  # torch 2.11 may leave them its 30 s
+        words = [f"--shutdown-timeout={round(GRACE_S)}", *words]
     if "--max-restarts=0" in words:  # what follows from the one error that ends all
         logging.disable(logging.ERROR)
     try:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -223,3 +224,27 @@ def test_torchrun_trains_and_a_killed_worker_comes_back(data: Path, tmp_path: Pa
     left, right = newest(tmp_path / "peace"), newest(tmp_path / "killed")
     assert left["step"] == right["step"]
     assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])
+
+
+SLOW = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: None)
+print("up", flush=True)
+for _ in range(600):
+    time.sleep(0.1)
+"""
+
+
+def test_processes_have_the_whole_grace_to_save(tmp_path: Path) -> None:
+    """Not the 30 s that torchrun leaves them: here less, which takes less time to see."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = ["--standalone", "--nproc-per-node=1", "--max-restarts=0", str(tmp_path / "slow.py")]
+    code = f"import sys; from asr.training import launch; launch.GRACE_S = 2.0; sys.exit(launch.main({words}))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    begin = time.monotonic()
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert 2.0 <= time.monotonic() - begin < 25.0

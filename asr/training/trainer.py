@@ -118,6 +118,8 @@ class Trainer:
             None if stats is None else torch.as_tensor(stats.mean),
             None if stats is None else torch.as_tensor(stats.scale),
         ).to(self.device)
+        # before parts are wrapped, which changes their names, and before their memory is measured
+        override_precision(self.model, self.config.precision_overrides, self.device)
         memory = plan_memory(
             experiment,
             self.model,
@@ -130,7 +132,6 @@ class Trainer:
         )
         self._decoding_s = memory.decoding_s
         checkpoint_activations(self.model.encoder, memory.modes)
-        override_precision(self.model, self.config.precision_overrides, self.device)
         # a CTC head without its loss has no gradient
         unused = self.model.ctc_head is not None and experiment.loss.ctc_weight == 0
         self.parallel = Parallel(

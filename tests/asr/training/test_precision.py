@@ -57,6 +57,10 @@ def test_parts_compute_in_a_precision_of_their_own(data: TrainData, tmp_path: Pa
         errors[name] = float((gradient - exact).norm())
         assert math.isfinite(record["loss"])
     assert errors["none"] == errors["block"] == 0.0 < errors["joiner"] < errors["all"]
+    # within parts that are computed again too, where they have the same name
+    part = ["training.precision=bf16", "training.precision_overrides={encoder.blocks.0.ff1: fp32}"]
+    kept, again = (one_step(data, tmp_path, *part, f"memory.checkpointing={mode}")[1] for mode in ("none", "full"))
+    assert torch.equal(kept, again) and 0.0 < float((kept - exact).norm()) != errors["all"]
     # and the other way round
     _, gradient = one_step(data, tmp_path, "training.precision_overrides={joiner: bf16}")
     assert 0.0 < float((gradient - exact).norm()) < errors["all"]

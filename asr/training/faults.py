@@ -53,10 +53,14 @@ class BadBatches:
         self._dumped += 1
         path = self.folder / f"step-{step:08d}-{self._dumped}{self._suffix}.pt"
         fields: dict[str, Any] = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-        atomic_save({"reason": reason, "step": step, **fields}, path)
+        try:
+            atomic_save({"reason": reason, "step": step, **fields}, path)
+            dumped = f"dumped to {path}"
+        except OSError as error:  # a full disk, say, must not end the run where the batch does not
+            dumped = f"not dumped to {path} ({error.strerror or error})"
         self._record(step=step, reason=reason, cut_ids=batch.cut_ids, dump=str(path))
         ids = ", ".join(batch.cut_ids)
-        self._say(f"warning: step {step}: {reason}; batch skipped, dumped to {path}, utterances: {ids}")
+        self._say(f"warning: step {step}: {reason}; batch skipped, {dumped}, utterances: {ids}")
 
     def skipped(self, count: int) -> None:
         """Counts batches of all processes.
@@ -67,9 +71,9 @@ class BadBatches:
         self.count += count
         if self.count > self.allowed:
             raise TooManyBadBatches(
-                f"{self.count} batches had a non-finite loss or gradient and training.max_bad_batches={self.allowed}"
-                f" allows no more; look at the utterances dumped in {self.folder}, or lower optim.lr or"
-                " optim.clip_grad_norm, then go on with --resume auto"
+                f"{self.count} batches had a non-finite loss or gradient, or did not fit in memory, and"
+                f" training.max_bad_batches={self.allowed} allows no more; look at the utterances dumped in"
+                f" {self.folder}, or lower optim.lr or optim.clip_grad_norm, then go on with --resume auto"
             )
 
 

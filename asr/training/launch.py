@@ -99,7 +99,7 @@ def run_processes(processes: int, restarts: int, command: str, *words: str, node
         return process.wait()
     except (Terminated, KeyboardInterrupt):
         process.terminate()  # torchrun hands it on to its processes, which save
-        process.wait(GRACE_S)
+        process.wait(GRACE_S + 30.0)  # it ends those that take longer
         raise
 
 
@@ -143,6 +143,8 @@ def main(words: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
     api.LocalElasticAgent = _agent()  # type: ignore[misc]
+    if "--shutdown-timeout" in run.get_args_parser().format_help():  # torch 2.11 may leave them its 30 s
+        words = [f"--shutdown-timeout={round(GRACE_S)}", *words]
     try:
         run.main(list(words))
     except SignalException as stopped:

@@ -99,7 +99,16 @@ def plan_memory(
         keep_freed_memory()
     if memory.limit is not None:
         longest = longest_utterance(cuts, tokenizer, experiment.data)
-        plan, text = _within_limit(_Probe(experiment, model, longest, ranks, device, precision))
+        try:
+            plan, text = _within_limit(_Probe(experiment, model, longest, ranks, device, precision))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"memory.limit={memory.limit} is more than there is: not even the longest utterance, "
+                f"{longest[0] / FRAMES_PER_S:.1f} s, with everything computed again, fits in the memory of {device}; "
+                "leave out such long ones, or choose a smaller model"
+            ) from None
         model.zero_grad(set_to_none=True)
         free_memory()
         say(text)
@@ -162,6 +171,8 @@ def _within_limit(probe: _Probe) -> tuple[MemoryPlan, str]:
                     most_s = min(experiment.decoding.batch_duration_s, room / costs.per_frame / FRAMES_PER_S)
                     plan = MemoryPlan([mode] * len(probe.parts), offload, loss, (costs, room), most_s)
                     return plan, _said(experiment, plan, static, frames)
+    if least == math.inf:  # of all that could be tried
+        raise MemoryError
     raise UserError(
         f"memory.limit={experiment.memory.limit} does not hold this training: the smallest limit that holds the longest"
         f" utterance, {frames / FRAMES_PER_S:.1f} s, with everything computed again"

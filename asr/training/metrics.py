@@ -6,6 +6,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,15 +28,21 @@ def _lacks_newline(path: Path) -> bool:
 class MetricsWriter:
     """Appends one JSON object a line to metrics.jsonl, and numbers to TensorBoard.
 
-    A resumed run appends; a reader lets the later of two records of one step win.
+    A resumed run appends; a reader lets the later of two records of one step win. A full disk ends no run: records
+    wait, up to some kilobytes, for one that can be written.
 
     Args:
         out_dir: receives metrics.jsonl and tensorboard/; None writes nothing (all processes but the first).
         tensorboard: also write TensorBoard events.
         step: steps that lie behind; TensorBoard drops what an earlier process logged of later ones.
+        say: takes a line where something cannot be written.
     """
 
-    def __init__(self, out_dir: Path | None, tensorboard: bool, step: int = 0):
+    def __init__(
+        self, out_dir: Path | None, tensorboard: bool, step: int = 0, say: Callable[[str], None] | None = None
+    ):
+        self._say = say or print
+        self._full = False
         self._file: TextIO | None = None
         self._board: Any = None
         if out_dir is None:
@@ -54,18 +62,29 @@ class MetricsWriter:
         if self._file is None:
             return
         record = {"kind": kind, **{name: _finite(value) for name, value in values.items()}}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            # the buffer keeps what cannot be written, and whole lines alone are refused where it is full
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                self._say(f"error: {self._file.name} cannot be written to: {error.strerror or error}; training goes on")
+            self._full = True
         if self._board is not None and kind in ("train", "valid"):
-            for name, value in record.items():
-                if isinstance(value, (int, float)) and name not in ("step", "time_s"):
-                    self._board.add_scalar(f"{kind}/{name}", value, values["step"], walltime=time.time())
+            try:
+                for name, value in record.items():
+                    if isinstance(value, (int, float)) and name not in ("step", "time_s"):
+                        self._board.add_scalar(f"{kind}/{name}", value, values["step"], walltime=time.time())
+            except OSError as error:  # its thread has ended
+                self._say(f"error: TensorBoard events end here: {error.strerror or error}; training goes on")
+                self._board = None
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for part in (self._file, self._board):
+            if part is not None:
+                with suppress(OSError):  # it has been said
+                    part.close()
 
 
 class ProgressLine:

@@ -98,14 +98,10 @@ class Parallel:
         since whole ones would take the memory that was to be saved."""
         return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) else contextlib.nullcontext()
 
-    @property
-    def averages(self) -> bool:
-        """Whether a backward pass averages whole gradients, and a forward pass readies that."""
-        return isinstance(self.forward, DistributedDataParallel)
-
     def scale_gradients(self, factor: float) -> None:
         """Multiply all gradients."""
-        torch._foreach_mul_(self._gradients(), factor)
+        if gradients := self._gradients():  # none where all batches were skipped
+            torch._foreach_mul_(gradients, factor)
 
     def _gradients(self) -> list[Tensor]:
         """This process's part of each gradient."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from asr.atomic import write_whole
 from asr.data.batch import Batch
 from asr.training.memory import return_freed_memory
 from losses.memory import MemoryLimitError
@@ -61,11 +62,12 @@ def _rows(batch: Batch, rows: torch.Tensor) -> Batch:
 
 
 def stand_in(batch: Batch) -> Batch:
-    """The beginning of an utterance of the batch, without its text: next to nothing, for a process without a piece."""
+    """An utterance of silence, as long as the beginning of one of the batch and without text: next to nothing, for a
+    process without a piece. Nothing that may be wrong with the batch is in it: 0 times its loss must be 0."""
     first = _rows(batch, torch.zeros(1, dtype=torch.int64))
     return replace(
         first,
-        features=first.features[:, :STAND_IN_FRAMES].nan_to_num(),
+        features=torch.zeros_like(first.features[:, :STAND_IN_FRAMES]),
         feature_lens=first.feature_lens.clamp(max=STAND_IN_FRAMES),
         targets=first.targets[:, :0],
         target_lens=torch.zeros_like(first.target_lens),
@@ -82,11 +84,12 @@ class Pieces:
 
     Args:
         folder: where each process notes which batches did not fit, so that the run goes on from there after it had to
-            start again; read at the beginning.
+            start again; read at the beginning, unless it was with other settings: they are how one makes things fit.
         lower_after: after so many steps without memory the limit falls.
         cost: of a batch of so many utterances, padded to so many frames.
         limit: most that a piece may cost.
         suffix: of this process's note.
+        settings: all that memory depends on.
     """
 
     def __init__(
@@ -96,7 +99,9 @@ class Pieces:
         cost: Callable[[int, int], float] = padded_frames,
         limit: float = math.inf,
         suffix: str = "",
+        settings: str = "",
     ):
+        self._settings = settings
         self._path, self._lower_after, self._cost, self.limit = (
             folder / f"pieces{suffix}.json",
             lower_after,
@@ -107,6 +112,8 @@ class Pieces:
         self._known: dict[str, int] = {}
         for path in sorted(folder.glob("pieces*.json")):
             note = json.loads(path.read_text(encoding="utf-8"))
+            if note.get("settings") != settings:
+                continue
             self.events = max(self.events, note["events"])
             if note["limit"] is not None and note["cost"] == cost.__name__:
                 self.limit = min(self.limit, note["limit"])
@@ -144,11 +151,11 @@ class Pieces:
             "limit": None if self.limit == math.inf else self.limit,
             "cost": self._cost.__name__,
             "known": self._known,
+            "settings": self._settings,
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(note), encoding="utf-8")
-        partial.replace(self._path)
+        # whole also after a power cut: no run could begin with half of it
+        write_whole(self._path, lambda file: file.write(json.dumps(note).encode()))
         return said
 
 

@@ -69,6 +69,18 @@ class Ranks:
         """Wait for all processes."""
         self.any(False)  # something has to be sent: a sum of nothing waits for no one
 
+    def note(self, name: str) -> None:
+        """Tells the processes that torchrun may start in the place of these; one alone has none."""
+        if self.store is not None:
+            for store in (self.store, self.store.underlying_store):  # type: ignore[attr-defined]
+                store.set(name, "")
+
+    def noted_before(self, name: str) -> bool:
+        """Whether processes noted it in whose place these were started."""
+        if self.store is None or self.store.check([name]):
+            return False
+        return bool(self.store.underlying_store.check([name]))  # type: ignore[attr-defined]
+
     def from_first(self, function: Callable[[], Any]) -> Any:
         """What the function returns on the first process, which alone calls it, or the error that it raises there.
 

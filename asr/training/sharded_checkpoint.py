@@ -27,6 +27,9 @@ from asr import checkpoint, checkpoint_folder
 from asr.atomic import cause_on_disk, partial_name, sync_folder
 from asr.training.ranks import Ranks
 
+SAVED = "saved"
+"""What processes note, once there is a checkpoint, for those that may have to go on in their place."""
+
 
 class FolderWriter(FileSystemWriter):
     """Writes one checkpoint; torch.distributed.checkpoint calls it in a thread of each process.
@@ -158,6 +161,8 @@ class FolderSaver:
         self._failed = next((cause for cause, _ in failures if isinstance(cause, OSError)), None)
         self._newest = path if error is None else None
         if error is None:
+            if self.ranks.first:
+                self.ranks.note(SAVED)
             return
         if self.ranks.first:
             shutil.rmtree(partial_name(path), ignore_errors=True)

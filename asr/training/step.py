@@ -156,6 +156,8 @@ class Stepper:
         used_count, used_batches, skipped, audio_s, real_batches, size, *sums = self.ranks.sum(
             [*used, sizes, *tried.sums.values()]
         )
+        if not used_batches:  # stand-ins alone: gradients of 0 are no step
+            tried.kept = 0
         bad.skipped(round(skipped))
         norm = self._update(tried, max(count, 1) / max(used_count, 1), bad, used_batches)
         progress.step += 1
@@ -207,9 +209,11 @@ class Stepper:
                 losses = self._tried(turn, partial(self._forward, turn.part, done))
                 finite = losses is None or bool(torch.isfinite(losses.loss))
                 broken, over = ranks.sum([not finite, losses is None])
+                if over:
+                    losses = None
+                    free_memory()
                 if over or (broken and last):
-                    losses = None if over else losses
-                    self._average(turn, micro, done)
+                    self._close_pass(turn, done)
                 if over:
                     return False
                 assert losses is not None
@@ -228,12 +232,13 @@ class Stepper:
                     tried.sums[name] += 0.0 if value is None else value.item()
         return True
 
-    def _average(self, turn: _Round, micro: int, done: float) -> None:
-        """Averages whole gradients over processes by the passes of next to nothing, where the last batch of a step has
-        no backward pass: its forward pass has readied the averaging."""
-        if self.parallel.averages:
-            free_memory()
-            (self._forward(stand_in(turn.batch), done).loss * 0.0).backward()
+    def _close_pass(self, turn: _Round, done: float) -> None:
+        """Passes of next to nothing, where the last batch of a step has no backward pass, which engines wait for since
+        its forward pass: to average whole gradients over processes, or to give up the weights that were gathered, which
+        would hide the shares and their gradients from the optimizer's step, and its new weights from the next one."""
+        if self.ranks.size > 1:
+            # in the thread that computes: see `Computing`
+            self.computing.call(lambda: (self._forward(stand_in(turn.batch), done).loss * 0.0).backward())
 
     def _tried(self, turn: _Round, compute: Callable[[], Any], alone: bool = False) -> Any:
         """What it returns; None if memory did not suffice, and the batch is to be computed in more pieces.
@@ -340,7 +345,7 @@ class _Attempt:
         sums: of the losses.
         used: what is in the gradients.
         skipped: what is not, and why.
-        kept: rounds in which nothing was skipped.
+        kept: rounds in which nothing was skipped; 0 where none of them had a batch that counts.
         rounds: all of them.
     """
 

@@ -36,7 +36,7 @@ from asr.training.parallel import Parallel, fill, whole
 from asr.training.pieces import Pieces
 from asr.training.precision import override_precision, resolve_precision
 from asr.training.ranks import Ranks
-from asr.training.sharded_checkpoint import FolderSaver
+from asr.training.sharded_checkpoint import SAVED, FolderSaver
 from asr.training.step import Progress, Stepper, seed_of
 from asr.training.validation import Validation, validate
 from asr.training.watchdog import Watchdog
@@ -118,6 +118,8 @@ class Trainer:
             None if stats is None else torch.as_tensor(stats.mean),
             None if stats is None else torch.as_tensor(stats.scale),
         ).to(self.device)
+        # before parts are wrapped, which changes their names, and before their memory is measured
+        override_precision(self.model, self.config.precision_overrides, self.device)
         memory = plan_memory(
             experiment,
             self.model,
@@ -130,7 +132,6 @@ class Trainer:
         )
         self._decoding_s = memory.decoding_s
         checkpoint_activations(self.model.encoder, memory.modes)
-        override_precision(self.model, self.config.precision_overrides, self.device)
         # a CTC head without its loss has no gradient
         unused = self.model.ctc_head is not None and experiment.loss.ctc_weight == 0
         self.parallel = Parallel(
@@ -152,10 +153,13 @@ class Trainer:
         if total_s <= 0:
             raise UserError("the training cuts are empty; run prepare and features, and look at bad_rows.txt")
         suffix = f"-rank{self.ranks.rank}" if self.ranks.size > 1 else ""
-        pieces = Pieces(self.out_dir / "memory", experiment.memory.lower_after, suffix=suffix)
+        parts = (experiment.model, experiment.loss, experiment.memory, experiment.parallel)
+        settings = repr((*parts, self.precision, self.config.precision_overrides, self.device.type, self.ranks.size))
+        folder, lower_after = self.out_dir / "memory", experiment.memory.lower_after
+        pieces = Pieces(folder, lower_after, suffix=suffix, settings=settings)
         if memory.pieces is not None:
             costs, limit = memory.pieces
-            pieces = Pieces(self.out_dir / "memory", experiment.memory.lower_after, costs.cost, limit, suffix)
+            pieces = Pieces(folder, lower_after, costs.cost, limit, suffix, settings)
         self.stepper = Stepper(
             replace(experiment, loss=memory.loss),
             self.parallel,
@@ -266,9 +270,17 @@ class Trainer:
         result = self._judge(weights, metrics, stop)
         progress = self.progress
         if result.rank < (progress.best_errors, progress.best_loss):
+            before = progress.best_errors, progress.best_loss
             progress.best_errors, progress.best_loss = result.rank
-            with self.watchdog.patience():
-                self.ranks.from_first(lambda: self._save_best(weights))
+            try:
+                with self.watchdog.patience():
+                    self.ranks.from_first(lambda: self._save_best(weights))
+            except OSError as error:
+                if self.saver is None:
+                    raise
+                progress.best_errors, progress.best_loss = before  # what best.pt is of
+                reason = error.strerror or error
+                self.line.say(f"error: {self.out_dir / 'best.pt'} is not written: {reason}; training goes on")
         return result
 
     def _judge(self, weights: dict[str, Tensor], metrics: MetricsWriter, stop: Termination) -> Validation:
@@ -401,7 +413,7 @@ class Trainer:
         if self.progress.step == 0 and best_path.is_file():  # another run's; averaging would take it for a candidate
             best_path.replace(best_path.with_name("best.pt.old"))
         (self.out_dir / "config.yaml").write_text(dump(self.experiment), encoding="utf-8")
-        metrics = MetricsWriter(self.out_dir, self.config.tensorboard, self.progress.step)
+        metrics = MetricsWriter(self.out_dir, self.config.tensorboard, self.progress.step, self.line.say)
         counts = parameter_counts(self.model)
         metrics.write(
             "start",
@@ -541,7 +553,13 @@ def train(
 
     ranks = ranks or Ranks()
     trainer = Trainer(experiment, data, Path(out_dir), device, command, ranks)
-    start = ranks.from_first(lambda: find_resume(resume, Path(out_dir), trainer.line.say))
+
+    def find_start() -> Path | None:
+        # who takes the place of killed processes goes on from what they saved, wherever they had begun
+        wanted = "auto" if ranks.noted_before(SAVED) else resume
+        return find_resume(wanted, Path(out_dir), trainer.line.say)
+
+    start = ranks.from_first(find_start)
     if start is not None:
         trainer.resume(start)
     with Termination() as stop:

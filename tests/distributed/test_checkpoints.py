@@ -3,6 +3,8 @@ survived."""
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import pickle
 import re
@@ -266,7 +268,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(zero: int, data: Path, t
 
 
 def _full_disk(ranks: Ranks, data: Path, out: Path, full_at: list[int]) -> None:
-    """The second process cannot write files of more than 2 KB at some checkpoints."""
+    """The second process cannot write files of more than 2 KB at some checkpoints, the first not best.pt."""
     settings = [*COMMON, "parallel.zero=3", "training.max_steps=4", "training.keep_last=9"]
     trainer = make_trainer(experiment(*settings), read_data(data), out, ranks)
     said: list[str] = []
@@ -282,7 +284,11 @@ def _full_disk(ranks: Ranks, data: Path, out: Path, full_at: list[int]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if full else limits[0], limits[1]))
         return save()
 
+    def no_room(_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     trainer.save = limited  # type: ignore[method-assign]
+    trainer._save_best = no_room  # type: ignore[method-assign]
     error = None
     try:
         trainer.run(Termination())
@@ -291,7 +297,11 @@ def _full_disk(ranks: Ranks, data: Path, out: Path, full_at: list[int]) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (error is not None) == (4 in full_at), error
     errors = [line for line in said if line.startswith("error:")]
+    assert trainer.progress.best_errors == math.inf  # best.pt is of nothing
+    best = [line for line in errors if "best.pt is not written: No space left on device; training goes on" in line]
+    errors = [line for line in errors if line not in best]
     if ranks.first:
+        assert len(best) == 1
         # at the limit of steps the last checkpoint is written, and again its progress
         assert [re.findall(r"step-0+(\d)", line) for line in errors] == [[str(step)] for step in full_at]
         assert all("is not written: File too large; training goes on" in line for line in errors)

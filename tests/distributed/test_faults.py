@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,17 @@ from asr.training.faults import BadBatches, Termination, TooManyBadBatches
 from asr.training.launch import torchrun
 from asr.training.ranks import Ranks, _meet, one_speaks, place
 from asr.training.trainer_config import ParallelConfig
-from tests.asr.training.runs import SETTINGS, experiment, make_trainer, newest, read_data, records, spoil, write_data
+from tests.asr.training.runs import (
+    NO_DROPOUT,
+    SETTINGS,
+    experiment,
+    make_trainer,
+    newest,
+    read_data,
+    records,
+    spoil,
+    write_data,
+)
 from tests.distributed.processes import together
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -127,6 +139,42 @@ def test_a_bad_batch_of_one_process_is_left_out_by_all(zero: int, tmp_path: Path
             assert (out / "stopped-0").exists() and (out / "stopped-1").exists()
 
 
+def _last_is_bad(ranks: Ranks, data: Path, out: Path) -> None:
+    """Two steps of four batches, of which the last two, or the last of two processes, are of no number at first."""
+    for zero in (0, 2, 3):
+        for spoilt in (math.nan, math.inf):
+            settings = [*ALL_BATCHES, *NO_DROPOUT, f"parallel.zero={zero}", f"training.accumulation={4 // ranks.size}"]
+            trainer = make_trainer(experiment(*settings), read_data(data), out / f"{ranks.size}", ranks)
+            trainer.parallel.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+            trainer.model.train()
+            bad = BadBatches(out / "bad", 2, 0, lambda **_: None, lambda _: None, f"-rank{ranks.rank}")
+            records = []
+            for batches, own in islice(trainer.batches_of_epoch(), 2):
+                if not records and ranks.rank == ranks.size - 1:
+                    for batch in batches[2 // ranks.size :]:
+                        batch.features[:] = spoilt
+                records.append(trainer.step(batches, bad, own))
+            assert bad.count == 2 // ranks.size
+            weights = trainer.parallel.weights()
+            if ranks.first:
+                numbers = [(record["loss"], record["grad_norm"]) for record in records]
+                torch.save((weights, numbers), out / f"{ranks.size}-{zero}-{spoilt}.pt")
+
+
+def test_the_rest_of_a_step_counts_whose_last_batch_is_bad(data: Path, tmp_path: Path) -> None:
+    """As on one process: the gradients of the other batches are averaged, divided by their count, clipped and used,
+    and the next step begins with the new weights."""
+    for size in (1, 2):
+        together(size, _last_is_bad, data, tmp_path)
+    expected, numbers = torch.load(tmp_path / "1-0-nan.pt")
+    for path in tmp_path.glob("2-*.pt"):
+        weights, found = torch.load(path)
+        for one, other in zip(numbers, found, strict=True):
+            assert other == pytest.approx(one, rel=1e-5), path
+        for name, weight in expected.items():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6)
+
+
 def _stop_second(ranks: Ranks, data: Path, out: Path) -> None:
     trainer = make_trainer(experiment(*ALL_BATCHES, "parallel.zero=3"), read_data(data), out, ranks)
     stop = Termination()
@@ -156,14 +204,16 @@ def command(data: Path, out: Path, *settings: str) -> list[str]:
 
 
 def test_torchrun_trains_and_a_killed_worker_comes_back(data: Path, tmp_path: Path) -> None:
-    """SIGKILL to one worker: all start anew from the newest checkpoint, and end with what a run in peace ends with."""
+    """SIGKILL to one worker: all start anew from the newest checkpoint, and end with what a run in peace ends with.
+
+    Also where the command says --resume none, which is where the run began and not where it goes on.
+    """
     limits = ["parallel.zero=3", "training.max_epochs=6", "training.checkpoint_every_steps=1", "training.keep_last=3"]
     peace = subprocess.run(command(data, tmp_path / "peace", *limits), capture_output=True, text=True, timeout=300)
     assert peace.returncode == 0, peace.stderr[-3000:]
     assert re.search(r"finished at step \d+; report", peace.stdout) and peace.stdout.count("finished at step") == 1
-    process = subprocess.Popen(
-        command(data, tmp_path / "killed", *limits), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    anew = [*command(data, tmp_path / "killed", *limits), "--resume", "none"]
+    process = subprocess.Popen(anew, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while len(step_checkpoints(tmp_path / "killed" / "checkpoints")) < 2:
         assert time.monotonic() < deadline and process.poll() is None
@@ -221,3 +271,27 @@ def test_only_what_the_user_can_mend_ends_with_2(error: Exception, code: str, tm
     together(2, _refused, error, tmp_path)
     assert (tmp_path / f"{type(error).__name__}-first").exists()
     assert (tmp_path / f"{type(error).__name__}-second").read_text(encoding="utf-8") == code
+
+
+SLOW = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: None)
+print("up", flush=True)
+for _ in range(600):
+    time.sleep(0.1)
+"""
+
+
+def test_processes_have_the_whole_grace_to_save(tmp_path: Path) -> None:
+    """Not the 30 s that torchrun leaves them: here less, which takes less time to see."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = ["--standalone", "--nproc-per-node=1", "--max-restarts=0", str(tmp_path / "slow.py")]
+    code = f"import sys; from asr.training import launch; launch.GRACE_S = 2.0; sys.exit(launch.main({words}))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    begin = time.monotonic()
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert 2.0 <= time.monotonic() - begin < 25.0

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from asr.errors import UserError
+from asr.models.transducer import Transducer
 from asr.training.memory import used_bytes
 from asr.training.memory_plan import Costs, _within_limit, longest_utterance
 from asr.training.trainer import TrainData
@@ -80,6 +81,24 @@ def test_what_does_not_fit_names_the_smallest_limit() -> None:
     assert smallest is not None
     plan, _ = _within_limit(Probe(f"memory.limit={smallest[1]}MiB"))  # type: ignore[arg-type]
     assert plan.offload == "file" and plan.modes == ["full"] * 2
+
+
+@pytest.mark.parametrize("runs", [0, 1])
+def test_less_memory_than_the_limit_is_told(
+    data: TrainData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: int
+) -> None:
+    """There may be none at the first try already, or at one that is measured."""
+    encode, done = Transducer.encode, []
+
+    def no_memory(*arguments):  # type: ignore[no-untyped-def]
+        done.append(1)
+        if len(done) > runs:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(*arguments)
+
+    monkeypatch.setattr(Transducer, "encode", no_memory)
+    with pytest.raises(UserError, match=r"memory.limit=4GiB is more than there is.* longest utterance, 1\.\d s"):
+        run(data, tmp_path, "memory.limit=4GiB")
 
 
 def test_wrong_limits_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -94,6 +95,8 @@ def test_the_split_batch_gives_the_same_step(
     assert len(tried) == 4  # it is known now
     again = make_trainer(experiment(*WHOLE), data, tmp_path / "split")
     assert again.stepper.pieces.of(batch) == 4  # to a run that starts again too
+    less = make_trainer(experiment(*WHOLE, "memory.checkpointing=full"), data, tmp_path / "split")
+    assert less.stepper.pieces.of(batch) == 1  # but not to one that takes less memory
 
 
 def test_utterances_that_do_not_fit_alone_are_left_out(
@@ -114,6 +117,11 @@ def test_utterances_that_do_not_fit_alone_are_left_out(
     dumps = [torch.load(path, weights_only=True) for path in (tmp_path / "both" / "bad_batches").glob("*.pt")]
     assert {x for d in dumps for x in d["cut_ids"]} == {x for p in longest for x in p.cut_ids}
     assert all("memory" in d["reason"] for d in dumps)
+    # a batch of which nothing is left moves no weight, and has no loss
+    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    record = trainer.step([longest[0]], allow(trainer, 1))
+    assert math.isnan(record["loss"]) and record["batch_size"] == 1
+    assert all(torch.equal(value, weights[name]) for name, value in trainer.model.state_dict().items())
     memory_for(monkeypatch, 1)
     with pytest.raises(UserError, match="the model is too large"):
         trainer.step([batch], bad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,10 @@ def test_parts_compute_in_a_precision_of_their_own(data: TrainData, tmp_path: Pa
         errors[name] = float((gradient - exact).norm())
         assert math.isfinite(record["loss"])
     assert errors["none"] == errors["block"] == 0.0 < errors["joiner"] < errors["all"]
+    # within parts that are computed again too, where they have the same name
+    part = ["training.precision=bf16", "training.precision_overrides={encoder.blocks.0.ff1: fp32}"]
+    kept, again = (one_step(data, tmp_path, *part, f"memory.checkpointing={mode}")[1] for mode in ("none", "full"))
+    assert torch.equal(kept, again) and 0.0 < float((kept - exact).norm()) != errors["all"]
     # and the other way round
     _, gradient = one_step(data, tmp_path, "training.precision_overrides={joiner: bf16}")
     assert 0.0 < float((gradient - exact).norm()) < errors["all"]
@@ -93,3 +98,18 @@ def test_the_scale_is_in_the_checkpoint(data: TrainData, tmp_path: Path) -> None
     since = next((i for i, scale in enumerate(reversed(steps)) if scale != steps[-1]), len(steps))
     changed = since < len(steps) or steps[-1] != FIRST_SCALE  # the step that overflowed does not count
     assert progress["loss_scale"] == steps[-1] and progress["good_steps"] == since - changed
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_bad_batch_is_left_out(data: TrainData, tmp_path: Path, accumulation: int) -> None:
+    """Also where no gradient is left that the scale could be taken out of."""
+    config = experiment(*NO_DROPOUT, "training.precision=fp16")
+    trainer, expected = (make_trainer(config, data, tmp_path / name) for name in ("bad", "expected"))
+    bad, *good = islice(train_loader(data.train_cuts, TOKENIZER, config.data, seed=0, epoch=0), accumulation)
+    bad.features[:] = math.nan
+    allowed = allow(trainer, 1)
+    record = trainer.step([*good, bad], allowed)
+    assert allowed.count == 1 and math.isnan(record["loss"]) == (not good)
+    if good:
+        assert record["loss"] == pytest.approx(expected.step(good, allow(expected))["loss"], rel=1e-3)
+        torch.testing.assert_close(gradients(trainer), gradients(expected), rtol=1e-2, atol=1e-4)

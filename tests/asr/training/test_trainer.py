@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -437,3 +440,36 @@ def test_no_cuts_and_no_device(data: TrainData, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="use --device cpu"):
             train(experiment(), data, tmp_path, device="cuda")
+
+
+def test_a_full_disk_keeps_records_waiting(tmp_path: Path) -> None:
+    said: list[str] = []
+    writer = MetricsWriter(tmp_path, True, say=said.append)
+    for step in range(1, 8):
+        # steps 3 to 5 find no room
+        with no_room(tmp_path / "metrics.jsonl") if step in (3, 4, 5) else nullcontext():
+            writer.write("train", step=step, text="x" * 100)
+    with no_room(tmp_path / "metrics.jsonl"):
+        writer.write("end", step=7)
+        writer.close()
+    assert [line["step"] for line in records(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+    assert len(said) == 2 and "metrics.jsonl cannot be written to: File too large; training goes on" in said[0]
+
+
+def test_a_bad_batch_that_cannot_be_dumped_is_skipped(data: TrainData, tmp_path: Path) -> None:
+    said: list[str] = []
+    bad = BadBatches(tmp_path, 1, 0, lambda **_: None, said.append)
+    with no_room(tmp_path):
+        bad.skip(next(iter(train_loader(data.train_cuts, TOKENIZER, experiment().data, seed=0, epoch=0))), 1, "nan")
+    assert len(said) == 1 and "batch skipped, not dumped to" in said[0] and "(File too large)" in said[0]
+
+
+@contextmanager
+def no_room(path: Path) -> Iterator[None]:
+    """No file becomes larger than this one is."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size if path.is_file() else 0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

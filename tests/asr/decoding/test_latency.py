@@ -194,7 +194,7 @@ def test_the_command(folder, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--chunks", "160,100"], "100 must be a multiple of 40 ms"),
+        (["--chunks", "160,100"], "--chunks=100 must be a multiple of 40 ms"),
         (["--chunks", "160,fast"], "'fast' is no number of milliseconds"),
         (["--chunks", ""], "is no number of milliseconds"),
         (["--left-context-ms", "100"], "--left-context-ms=100 must be a multiple of 40 ms"),

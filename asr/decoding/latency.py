@@ -81,7 +81,7 @@ def parse_chunks(text: str) -> list[Milliseconds]:
     found: set[Milliseconds] = set()
     for word in text.split(","):
         chunk: Milliseconds = "full" if word.strip() == "full" else _milliseconds("--chunks", word)
-        check_chunk("--chunks: a chunk of", chunk)
+        check_chunk("--chunks", chunk)
         found.add(chunk)
     return sorted(found, key=lambda chunk: float("inf") if chunk == "full" else chunk)
 

@@ -112,7 +112,7 @@ def test_references_that_cannot_be_aligned(cuts):
 
 
 @pytest.mark.parametrize("chunk_ms", [160, "full"])
-def test_computing_is_measured_and_counts(chunk_ms, monkeypatch):
+def test_computing_is_measured(chunk_ms, monkeypatch):
     model, experiment = make_model(blank_bias=1.0), load_experiment(None, SETTINGS)
     decoding = DecodingConfig(chunk_ms=chunk_ms)
     sounds = [bursts(8000, seed=0), bursts(1000, seed=1)]  # the second is shorter than a chunk
@@ -121,6 +121,25 @@ def test_computing_is_measured_and_counts(chunk_ms, monkeypatch):
     readings = iter(range(10**6))
     monkeypatch.setattr("asr.decoding.compute_time.time.perf_counter", lambda: float(next(readings)))
     assert chunk_compute_ms(model, tokenizer(), experiment, decoding, sounds) == 1000.0
+
+
+def test_the_first_time_does_not_count(monkeypatch):
+    readings = iter([0.0, 100.0, 200.0, 201.0])
+    monkeypatch.setattr("asr.decoding.compute_time.time.perf_counter", lambda: next(readings))
+    experiment, sounds = load_experiment(None, SETTINGS), [bursts(4000, seed=0)]
+    assert chunk_compute_ms(make_model(), tokenizer(), experiment, DecodingConfig(), sounds) == 1000.0
+
+
+def test_computing_is_a_part_of_the_first_partial_time_only(cuts, monkeypatch):
+    monkeypatch.setattr("asr.decoding.latency.chunk_compute_ms", lambda *_: 7.0)
+    model = ScriptedTransducer(dict(zip(frames_of(cuts), SCRIPT.values(), strict=True)))
+    named = texts(cuts, dict(zip([cut.id for cut in cuts], ["ab", "acc", "b"], strict=True)))
+    [free], _ = measure_latency(model, tokenizer(), named, config(), decodings(160))
+    [row], _ = measure_latency(model, tokenizer(), named, config(), decodings(160), recordings=[bursts(100, seed=0)])
+    assert (free.compute_ms, row.compute_ms) == (0.0, 7.0)
+    assert row.first_partial.mean == pytest.approx(free.first_partial.mean + 7.0)
+    assert row.first_partial.p90 == pytest.approx(free.first_partial.p90 + 7.0)
+    assert (row.emission, row.perceived) == (free.emission, free.perceived)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +194,7 @@ def test_the_command(folder, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--chunks", "160,100"], "100 must be a multiple of 40 ms"),
+        (["--chunks", "160,100"], "--chunks=100 must be a multiple of 40 ms"),
         (["--chunks", "160,fast"], "'fast' is no number of milliseconds"),
         (["--chunks", ""], "is no number of milliseconds"),
         (["--left-context-ms", "100"], "--left-context-ms=100 must be a multiple of 40 ms"),

@@ -23,7 +23,7 @@ from asr.data.tokenizer import Tokenizer, UnknownToken
 from asr.decoding.decode import Decoded, evaluation_mode
 from asr.decoding.score import worst_utterances
 from asr.decoding.search import BLANK
-from asr.models.context import ENCODER_FRAME_MS
+from asr.models.context import ENCODER_FRAME_MS, Context
 from losses import occupancy
 
 if TYPE_CHECKING:  # asr.config imports asr.decoding
@@ -64,6 +64,7 @@ def emission_posteriors(
     text: str = "",
     symbols: Sequence[str] = (),
     topology: str = "regular",
+    context: Context = Context(),
 ) -> EmissionPosteriors:
     """Forward-backward over all alignments of one reference (Graves 2012, section 2.4), as training sees them.
 
@@ -74,13 +75,14 @@ def emission_posteriors(
         cut_id, text: for the plot.
         symbols: of the vocabulary, to name the tokens; ids are shown without it.
         topology: of the lattice that the model was trained on, see losses/lattice.py.
+        context: what the encoder hears at a time.
 
     Raises:
         ValueError: the reference has more tokens than the topology allows, or the utterance is too short for a single
             encoder frame.
     """
     lens = torch.tensor([features.shape[0]], device=features.device)
-    enc, enc_lens = model.encode(features[None], lens)
+    enc, enc_lens = model.encode(features[None], lens, *context)
     frames = int(enc_lens[0])
     if frames < 1:
         name = cut_id or "the utterance"
@@ -221,6 +223,7 @@ def write_emissions(
                     text=text,
                     symbols=symbols,
                     topology=config.loss.topology,
+                    context=config.decoding.context,
                 )
             )
     out_dir.mkdir(parents=True, exist_ok=True)

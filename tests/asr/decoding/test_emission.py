@@ -15,7 +15,9 @@ from tests.asr.decoding.fake import TableTransducer, TinyTransducer
 class FrameNumbers(TableTransducer):
     """The table's frame t is feature frame t."""
 
-    def encode(self, features: torch.Tensor, feature_lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(
+        self, features: torch.Tensor, feature_lens: torch.Tensor, *context: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.arange(features.shape[1], dtype=torch.float64)[None, :, None], feature_lens
 
 

@@ -64,7 +64,7 @@ def emission_posteriors(
     text: str = "",
     symbols: Sequence[str] = (),
     topology: str = "regular",
-    context: Context = Context(),
+    context: Context | None = None,
 ) -> EmissionPosteriors:
     """Forward-backward over all alignments of one reference (Graves 2012, section 2.4), as training sees them.
 
@@ -75,14 +75,14 @@ def emission_posteriors(
         cut_id, text: for the plot.
         symbols: of the vocabulary, to name the tokens; ids are shown without it.
         topology: of the lattice that the model was trained on, see losses/lattice.py.
-        context: what the encoder hears at a time.
+        context: what the encoder hears at a time; None is all.
 
     Raises:
         ValueError: the reference has more tokens than the topology allows, or the utterance is too short for a single
             encoder frame.
     """
     lens = torch.tensor([features.shape[0]], device=features.device)
-    enc, enc_lens = model.encode(features[None], lens, *context)
+    enc, enc_lens = model.encode(features[None], lens, *(context or Context()))
     frames = int(enc_lens[0])
     if frames < 1:
         name = cut_id or "the utterance"

@@ -11,6 +11,7 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -203,6 +204,30 @@ def keys_help() -> str:
     return parser.format_help()
 
 
+_KINDS = {
+    "str": 'text ("..." makes a number text)',
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list": "a list, as in [1, 2]",
+    "dict": "of the form {name: value}",
+    "NoneType": "null",
+}
+
+
+def _in_words(error: Exception) -> str:
+    """One line; what jsonargparse says of a wrong type, in words instead of classes of Python."""
+    text = " ".join(str(error).split())
+    found = re.match(r'Parser key "(.+?)": (.*?)\.? (?:Got|Given) value: (.*)', text)
+    if found is None:
+        return text
+    key, expected, value = found.groups()
+    if choices := re.search(r"Literal\[(.*?)\]", expected):
+        return f"{key}: {value} is not one of {choices[1].replace(chr(39), '')}"
+    kinds = [_KINDS.get(name, name) for name in re.findall(r"Expected a <class '(\w+)'>", expected)]
+    return f"{key}: {value} is not {' or '.join(kinds)}" if kinds else text
+
+
 def from_dict(tree: dict[str, Any], source: str = "the configuration") -> Experiment:
     """Typed, checked experiment of a plain tree; what is missing takes the preset's, then the default value.
 
@@ -220,7 +245,7 @@ def from_dict(tree: dict[str, Any], source: str = "the configuration") -> Experi
     except UserError:
         raise
     except Exception as err:  # jsonargparse raises its own, argparse's and the dataclasses' errors
-        raise UserError(f"{source}: {' '.join(str(err).split())}") from None
+        raise UserError(f"{source}: {_in_words(err)}") from None
 
 
 def load_experiment(paths: Path | list[Path] | None = None, overrides: list[str] | None = None) -> Experiment:

@@ -15,5 +15,11 @@ class CheckpointError(UserError):
     """A file or folder that is no checkpoint, is damaged, or belongs to another model or version."""
 
 
+class StartAgain(UserError):
+    """Only this try has failed: all processes have to start anew, as they do after the loss of one."""
+
+    exit_code = 1
+
+
 class Terminated(BaseException):
     """SIGTERM came. Not an ``Exception``: what guards against damaged files must not take it for damage."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 HELP = "Decode a cut manifest with a checkpoint, write the result files and print the word error rate."
@@ -16,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cuts", type=Path, required=True, help="cut manifest, e.g. EXP/data/cuts_test.jsonl.gz")
     parser.add_argument("--search", choices=list(SEARCHES), help="the checkpoint's own if not given")
     parser.add_argument(
-        "--out-dir", type=Path, help="folder for recogs, errs and wer-summary files; EXP/decode/SEARCH if not given"
+        "--out-dir",
+        type=Path,
+        help="folder for recogs, errs and wer-summary files; EXP/decode/SEARCH if not given, with the chunk if any",
     )
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, or auto: cuda if there is one"
@@ -27,13 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--emissions", type=int, default=0, metavar="N", help="plot the emission posteriors of the N worst utterances"
     )
+    parser.add_argument(
+        "--streams", type=int, metavar="N", help="hear the audio in N streams at once; needs decoding.chunk_ms in ms"
+    )
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes, each of which decodes its share")
 
 
 def run(args: argparse.Namespace) -> int:
-    from asr.decoding.decode import decode_and_score, read_cuts
+    from asr.decoding.decode import context_name, decode_and_score, decode_cuts, read_cuts
+    from asr.decoding.decode_streams import decode_in_streams
     from asr.decoding.emission import worst_cuts, write_emissions
-    from asr.decoding.load import load_for_decoding
+    from asr.decoding.load import experiment_dir, load_for_decoding
     from asr.device import resolve_device
     from asr.training.ranks import LONG_S, one_speaks, rank_device, started
 
@@ -42,27 +49,24 @@ def run(args: argparse.Namespace) -> int:
         device = rank_device(device, ranks)
         cuts = read_cuts(args.cuts)
         loaded = load_for_decoding(args.checkpoint, device, args.search, args.set)
-        search = loaded.config.decoding.search
-        out_dir = args.out_dir or default_out_dir(args.checkpoint, search)
+        config = loaded.config
+        search = config.decoding.search + context_name(config.decoding)
+        out_dir = args.out_dir or experiment_dir(args.checkpoint) / "decode" / search
         name = set_name(args.cuts)
-        report = decode_and_score(loaded.model, loaded.tokenizer, cuts, loaded.config, device, out_dir, name, ranks)
+        decode = decode_cuts if args.streams is None else partial(decode_in_streams, streams=args.streams)
+        report = decode_and_score(loaded.model, loaded.tokenizer, cuts, config, device, out_dir, name, ranks, decode)
     if not ranks.first:
         return 0
     if args.emissions > 0:
         chosen = worst_cuts(cuts, report.results, args.emissions)
-        write_emissions(out_dir, name, loaded.model, loaded.tokenizer, chosen, loaded.config, device)
-    print(f"{search}: {report.speed_line}")
+        write_emissions(out_dir, name, loaded.model, loaded.tokenizer, chosen, config, device)
+    heard = f"{search}, {args.streams} streams" if args.streams else search
+    print(f"{heard}: {report.speed_line}")
     print(f"results in {out_dir}")
     print(report.score.cer_line)
     print(report.score.interval_line)
     print(report.score.wer_line)
     return 0
-
-
-def default_out_dir(checkpoint: Path, search: str) -> Path:
-    """EXP/decode/SEARCH for a checkpoint in EXP/train, else decode/SEARCH beside the checkpoint."""
-    folder = checkpoint.resolve().parent
-    return (folder.parent if folder.name == "train" else folder) / "decode" / search
 
 
 def set_name(cuts: Path) -> str:

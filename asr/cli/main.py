@@ -16,6 +16,7 @@ COMMANDS = {
     "average": "average the weights of several checkpoints into one",
     "checkpoint": "turn the checkpoint folder of several processes into one file",
     "decode": "decode a cut manifest with a checkpoint and score it",
+    "latency": "show word errors and delays at several chunk sizes",
     "transcribe": "print the text of audio files",
     "doctor": "show versions, devices and optional parts, and how to install what is missing",
     "presets": "show the model presets with their exact numbers of parameters",

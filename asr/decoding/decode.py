@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,10 +126,12 @@ def decode_and_score(
     out_dir: Path | None = None,
     name: str = "test",
     ranks: Ranks | None = None,
+    decode: Callable[..., list[Decoded]] = decode_cuts,
 ) -> DecodeReport:
     """Decode, score, and write the result files of ``asr.decoding.results`` into ``out_dir`` (None: write nothing).
 
-    Of several processes all call this, and the first scores and writes: on the others the report is empty.
+    Of several processes all call this, and the first scores and writes: on the others the report is empty. ``decode``
+    is called with the arguments of ``decode_cuts``.
 
     Raises:
         UserError: there are no cuts.
@@ -138,7 +140,7 @@ def decode_and_score(
     if out_dir is not None:
         out_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows before the work, not after
     start = time.perf_counter()
-    results = decode_cuts(model, tokenizer, cuts, config, device, ranks)
+    results = decode(model, tokenizer, cuts, config, device, ranks)
     seconds = time.perf_counter() - start
     if ranks is not None and not ranks.first:
         return DecodeReport([], score([]), seconds)
@@ -152,8 +154,13 @@ def decode_and_score(
 def setting_name(config: DecodingConfig) -> str:
     """How a summary names a search: with the settings that it depends on."""
     if config.search == "greedy":
-        return f"greedy-max-symbols-{config.max_symbols_per_frame}"
-    return f"{config.search}-beam-{config.beam}"
+        return f"greedy-max-symbols-{config.max_symbols_per_frame}{context_name(config)}"
+    return f"{config.search}-beam-{config.beam}{context_name(config)}"
+
+
+def context_name(config: DecodingConfig) -> str:
+    """What names of folders and settings add for a chunk: ``-chunk-320-left-5120``, in ms; nothing for full context."""
+    return "" if config.chunk_ms == "full" else f"-chunk-{config.chunk_ms}-left-{config.left_context_ms}"
 
 
 def read_cuts(path: Path) -> CutSet:

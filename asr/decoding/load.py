@@ -36,6 +36,12 @@ def load_for_decoding(
     return loaded
 
 
+def experiment_dir(checkpoint: Path) -> Path:
+    """Where results go unless told otherwise: EXP for a checkpoint in EXP/train, else the folder of the checkpoint."""
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == "train" else folder
+
+
 def override(config: Experiment, overrides: Sequence[str]) -> Experiment:
     """A configuration with ``a.b=c`` applied to its ``decoding`` and ``data`` parts."""
     tree = to_dict(config)

@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from asr.errors import Terminated, UserError
 
+REFUSED = 2  # exit code of what the user can mend: the next try would end with the same
 GRACE_S = 120.0  # for the processes to save when the run is told to stop
 
 
@@ -101,28 +103,61 @@ def run_processes(processes: int, restarts: int, command: str, *words: str, node
         raise
 
 
+def _agent() -> type[Any]:
+    """torchrun's agent of one machine, which says in a line what it does after a loss, and does not repeat refusals."""
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    class Agent(LocalElasticAgent):  # type: ignore[misc]
+        def _monitor_workers(self, worker_group: Any) -> Any:
+            result = super()._monitor_workers(worker_group)
+            if not result.is_failed():
+                return result
+            codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+            # the agent itself ends the others with SIGTERM
+            codes = {rank: code for rank, code in codes.items() if code != -signal.SIGTERM} or codes
+            if set(codes.values()) == {REFUSED}:
+                self._remaining_restarts = 0
+            elif self._remaining_restarts > 0:
+                lost = " and ".join(f"rank {rank} {_ended(code)}" for rank, code in sorted(codes.items()))
+                number = worker_group.spec.max_restarts - self._remaining_restarts + 1
+                again = f"all start anew at the newest checkpoint ({number} of {worker_group.spec.max_restarts} times)"
+                print(f"warning: {lost}; {again}", file=sys.stderr, flush=True)
+            return result
+
+    return Agent
+
+
+def _ended(code: int) -> str:
+    return f"ended with {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+
+
 def main(words: Sequence[str]) -> int:
     """torchrun with these words; the exit code of the process that failed first, which has said why."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher import api
 
-    if "--max-restarts=0" in words:  # what follows from the one error that ends all
-        logging.disable(logging.ERROR)
+    # what it reports of each process it stops, and of each end, is said in a line here
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
+    api.LocalElasticAgent = _agent()  # type: ignore[misc]
     try:
         run.main(list(words))
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     except RendezvousError as error:
-        print(f"error: the machines did not meet: {error.__cause__ or error}", file=sys.stderr)
+        reason = error.__cause__ or error
+        taken = "EADDRINUSE" in str(reason)  # on the first machine, which listens there
+        remedy = "; that port is taken: pass a --master with a free one on all machines" if taken else ""
+        print(f"error: the machines did not meet: {reason}{remedy}", file=sys.stderr)
         return 1
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode >= 0:
             return failure.exitcode
-        name = signal.Signals(-failure.exitcode).name
-        print(f"error: rank {rank} (process {failure.pid}) was ended by {name}", file=sys.stderr)
+        print(f"error: rank {rank} (process {failure.pid}) {_ended(failure.exitcode)}", file=sys.stderr)
         return 1
     return 0
 

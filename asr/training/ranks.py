@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import time
 import uuid
@@ -146,10 +148,12 @@ def one_speaks(ranks: Ranks) -> Iterator[None]:
     """Of errors in several processes only the first passes: others are the same, or follow from its end."""
     try:
         yield
-    except Exception:
+    except Exception as error:
         if ranks.store is None or ranks.store.add("failed", 1) == 1:
             raise
-        raise SystemExit(2) from None
+        # the exit code tells torchrun's agent whether another try may help: of errors as in asr.cli.guard it does not
+        expected = isinstance(error, (ValueError, OSError))
+        raise SystemExit(getattr(error, "exit_code", 2) if expected else 1) from None
 
 
 def _meet(store: dist.Store, ranks: Ranks, timeout_s: float) -> dist.Store:
@@ -182,6 +186,9 @@ def started(device: str, timeout_s: float) -> Iterator[Ranks]:
     if ranks.size == 1:
         yield ranks
         return
+    # Imported later, its functions would keep the group as the default of an argument, beyond the end: the interpreter
+    # would shut down with gloo's threads alive, which now and then aborts the process after all of its work.
+    importlib.import_module("torch.distributed.nn.functional")
     timeout = timedelta(seconds=timeout_s)
     # the agent of torchrun may keep the store, else the first process does
     serves = ranks.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -200,3 +207,4 @@ def started(device: str, timeout_s: float) -> Iterator[Ranks]:
         yield replace(ranks, store=own)
     finally:
         dist.destroy_process_group()
+        gc.collect()  # a model that has its gradients summed is in a cycle, and has the group too

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from asr.config import Experiment
 from asr.data.batch import Batch
-from asr.errors import UserError
+from asr.errors import StartAgain, UserError
 from asr.models.context import Context, Milliseconds, context
 from asr.models.transducer import TransducerLosses
 from asr.training.faults import BadBatches
@@ -242,7 +242,8 @@ class Stepper:
         with whole weights.
 
         Raises:
-            UserError: they cannot.
+            StartAgain: they cannot.
+            UserError: there is nothing smaller to try.
         """
         try:
             return self.computing.call(compute)
@@ -262,7 +263,7 @@ class Stepper:
             f" {', '.join(ids)}"
         )
         if self.ranks.size > 1 and (alone or self.parallel.sharded):
-            raise UserError(f"rank {self.ranks.rank}: {text}; the run has to start again from its newest checkpoint")
+            raise StartAgain(f"rank {self.ranks.rank}: {text}; the run has to start again from its newest checkpoint")
         self.say(f"warning: {text}")
         return None
 

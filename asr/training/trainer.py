@@ -422,6 +422,9 @@ class Trainer:
             f"{counts['total']:,} parameters ({parts}), precision {self.precision}, device {self.device}"
             + (f", {self.ranks.size} processes, zero {self.experiment.parallel.zero}" if self.ranks.size > 1 else "")
         )
+        parallel = self.experiment.parallel
+        if self.ranks.size == 1 and parallel.zero:
+            self.line.say(f"parallel.zero={parallel.zero} shares out nothing: this run has one process")
         return metrics
 
     def _check(self, stop: Termination) -> None:

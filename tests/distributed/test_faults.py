@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -17,10 +19,10 @@ import torch.distributed as dist
 
 from asr.bench.kills import children
 from asr.checkpoint import step_checkpoints
-from asr.errors import Terminated, UserError
+from asr.errors import StartAgain, Terminated, UserError
 from asr.training.faults import BadBatches, Termination, TooManyBadBatches
 from asr.training.launch import torchrun
-from asr.training.ranks import Ranks, _meet, place
+from asr.training.ranks import Ranks, _meet, one_speaks, place
 from asr.training.trainer_config import ParallelConfig
 from tests.asr.training.runs import SETTINGS, experiment, make_trainer, newest, read_data, records, spoil, write_data
 from tests.distributed.processes import together
@@ -170,6 +172,52 @@ def test_torchrun_trains_and_a_killed_worker_comes_back(data: Path, tmp_path: Pa
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
     assert "resumed from" in output
+    assert "was ended by SIGKILL; all start anew at the newest checkpoint (1 of 1 times)" in output
     left, right = newest(tmp_path / "peace"), newest(tmp_path / "killed")
     assert left["step"] == right["step"]
     assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])
+
+
+LEAVE = """
+from pathlib import Path
+from asr.training.ranks import started
+with started("cpu", 60.0) as ranks:
+    import torch.distributed.fsdp
+    ranks.wait()
+names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+assert names and not [name for name in names if "gloo" in name], names
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs the names of threads, as Linux tells them")
+def test_no_thread_of_the_processes_talk_outlives_it() -> None:
+    """One that does may abort the process when its interpreter shuts down, after all of its work."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = [sys.executable, "-c", LEAVE]
+    both = [
+        subprocess.Popen(words, env={**where, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    for process in both:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
+
+
+def _refused(ranks: Ranks, error: Exception, out: Path) -> None:
+    try:
+        with one_speaks(ranks):
+            raise error
+    except SystemExit as end:
+        (out / f"{type(error).__name__}-second").write_text(str(end.code), encoding="utf-8")
+    except Exception:
+        (out / f"{type(error).__name__}-first").touch()
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("x"), "2"), (StartAgain("x"), "1"), (RuntimeError("x"), "1")])
+def test_only_what_the_user_can_mend_ends_with_2(error: Exception, code: str, tmp_path: Path) -> None:
+    together(2, _refused, error, tmp_path)
+    assert (tmp_path / f"{type(error).__name__}-first").exists()
+    assert (tmp_path / f"{type(error).__name__}-second").read_text(encoding="utf-8") == code

@@ -121,7 +121,8 @@ def test_machines_that_do_not_meet_are_one_line(capsys) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         master = f"127.0.0.1:{taken.getsockname()[1]}"
         assert launch.main(torchrun(1, 1, "train", nodes=Nodes(2, 0, master))[3:]) == 1
-    assert "error: the machines did not meet: " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "error: the machines did not meet: " in error and "pass a --master with a free one" in error
 
 
 def test_a_machine_without_the_train_stage_has_nothing_to_do(tmp_path: Path, capsys) -> None:

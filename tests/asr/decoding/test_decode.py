@@ -72,6 +72,8 @@ def test_emissions_of_the_worst_cuts(cuts, tmp_path):
 def test_setting_names():
     assert setting_name(DecodingConfig()) == "greedy-max-symbols-1"
     assert setting_name(DecodingConfig(search="modified_beam_search", beam=8)) == "modified_beam_search-beam-8"
+    chunked = DecodingConfig(chunk_ms=320, left_context_ms=640)
+    assert setting_name(chunked) == "greedy-max-symbols-1-chunk-320-left-640"
 
 
 def test_read_cuts(cuts, tmp_path):

@@ -82,14 +82,15 @@ def pause_between(symbols: Sequence[str], tokens: Sequence[int], frames: Sequenc
     Returns:
         An encoder frame, above ``begin`` and at most ``end``.
     """
-    gaps = []  # (between words, width, middle)
+    gaps = []  # (width, middle), then whether words meet there
     for i in range(1, len(tokens) + 1):
         after, before = frames[i - 1] + 1, frames[i] if i < len(tokens) else end
         middle = (after + before + 1) // 2
         if 2 * (middle - begin) >= end - begin:
-            space = symbols[tokens[i - 1]].endswith(SPACE) or i == len(tokens) or symbols[tokens[i]].startswith(SPACE)
-            gaps.append((space, before - after, middle))
+            meet = i < len(tokens) and (symbols[tokens[i - 1]].endswith(SPACE) or symbols[tokens[i]].startswith(SPACE))
+            gaps.append(((before - after, middle), meet))
     if not gaps:
         return end
-    inside = [gap for gap in gaps if gap[0]]
-    return max(inside or gaps, key=lambda gap: gap[1:])[2]
+    # behind the last token a word may go on or not: that gap is one of tokens and, where there are words, one of words
+    words = [gap for gap, meet in gaps if meet]
+    return max([*words, gaps[-1][0]] if words else [gap for gap, _ in gaps])[1]

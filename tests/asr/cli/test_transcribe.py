@@ -56,10 +56,11 @@ def test_a_folder_into_files(
 def test_a_stream_prints_segments(command: list[str], audio: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = audio / "one.wav"
     soundfile.write(path, np.concatenate([bursts(32000, 1), np.zeros(32000), bursts(16000, 2)]), 16000)
-    assert main([*command, str(path), "--stream"]) == 0
+    words = [*command, str(path), "--set", "decoding.endpoint.max_segment_s=1.5"]
+    assert main([*words, "--stream"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 1 and all(line.startswith(f"{path}: ") for line in lines)
-    assert main([*command, str(path), "--set", "decoding.chunk_ms=640"]) == 0
+    assert main([*words, "--set", "decoding.chunk_ms=640"]) == 0
     found = capsys.readouterr().out.removesuffix("\n")
     assert found == f"{path}: " + " ".join(line.removeprefix(f"{path}: ") for line in lines)
 

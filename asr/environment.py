@@ -81,8 +81,8 @@ def optional_parts() -> list[OptionalPart]:
                      "pip install sherpa-onnx"),
         OptionalPart("executorch", "executorch", "import executorch.exir", later + "export to ExecuTorch",
                      "pip install executorch"),
-        OptionalPart("sounddevice", "sounddevice", "import sounddevice", later + "recognition from a microphone",
-                     "pip install sounddevice   (and the PortAudio library: apt-get install libportaudio2)"),
+        OptionalPart("sounddevice", "sounddevice", "import sounddevice", "asr transcribe --mic: text of a microphone",
+                     f"pip install '{own}[mic]'   (and the PortAudio library: apt-get install libportaudio2)"),
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from asr.errors import UserError
 
 BENCHMARKS = {
     "kills": "kill a worker at a random moment, again and again: does the run end as if nothing had been?",
+    "long-audio": "transcribe a file of hours: memory above the model, and time",
     "parallel": "training on several processes, and within a limit of memory: equality, memory, speed",
     "streaming": "decoding as audio comes: time of a chunk, and how many times real time many streams are decoded",
 }
@@ -24,7 +25,7 @@ def _run(prog: str, package: str, choices: Mapping[str, str], argv: Sequence[str
     name = argv[0]
     if name not in choices:
         raise UserError(f"unknown benchmark {name}{nearest(name, choices)}; valid: {', '.join(choices)}")
-    module = importlib.import_module(f"{package}.{name}")
+    module = importlib.import_module(f"{package}.{name.replace('-', '_')}")
     prog = f"{prog} {name}"
     if hasattr(module, "MEASUREMENTS"):
         return _run(prog, module.__name__, module.MEASUREMENTS, argv[1:])

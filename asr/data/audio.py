@@ -23,10 +23,15 @@ of: SoX 0x7FFFF000, ffmpeg 0xFFFFFFFF, others that less the size of the header. 
 _UNKNOWN_FRAMES = 1 << 62
 """libsndfile counts at least this many frames where a header (FLAC's) leaves the length open."""
 _BLOCK_FRAMES = 1 << 18
+PIECE_S = 5.0
 
 
 class AudioError(UserError):
     """A recording cannot be used; the message is the reason, without the file name."""
+
+
+class UnknownFormatError(AudioError):
+    """libsndfile does not read the format."""
 
 
 def audio_problem(path: str | os.PathLike[str], num_samples: int | None = None) -> str | None:
@@ -52,40 +57,108 @@ def audio_problem(path: str | os.PathLike[str], num_samples: int | None = None) 
     return None
 
 
-def read_audio(path: str | os.PathLike[str], max_duration_s: float = math.inf) -> np.ndarray:
-    """Samples of any recording, float32 [N] in [-1, 1] at 16 kHz; channels are averaged, other rates resampled.
+def read_audio(path: str | os.PathLike[str]) -> np.ndarray:
+    """Samples of any recording, whole: float32 [N] in [-1, 1] at 16 kHz, those of ``read_pieces``.
 
     Raises:
-        AudioError: the file is missing, truncated, not audio, without samples, longer than ``max_duration_s``, or has
-            samples that are not finite.
+        AudioError: as ``read_pieces``.
     """
-    with _opened(path) as file:
-        rate_hz, declared = file.samplerate, len(file)
-        if declared > max_duration_s * rate_hz:
-            raise AudioError(
-                f"{declared / rate_hz:.0f} s long, over the limit of decoding.batch_duration_s={max_duration_s:g};"
-                " cut it into parts, or raise the limit if memory allows"
-            )
-        # soundfile wants the number of frames where it cannot seek (GSM 6.10)
-        channels = file.read(frames=declared, dtype="float64", always_2d=True)
-    _check_length(len(channels), declared)
-    if not len(channels):
+    return np.concatenate(list(read_pieces(path)))
+
+
+def read_pieces(path: str | os.PathLike[str], piece_s: float = PIECE_S) -> Iterator[np.ndarray]:
+    """Samples of any recording in pieces, float32 [N] in [-1, 1] at 16 kHz; channels are averaged, other rates
+    resampled. What libsndfile does not read, ffmpeg does, where it is installed.
+
+    Args:
+        path: of a file of any length: about one piece of it is held at a time.
+        piece_s: seconds of audio that are read at a time, about the length of a piece.
+
+    Raises:
+        AudioError: the file is missing, truncated, not audio, without samples, or has samples that are not finite.
+            Where only reading shows it, the pieces before have been given.
+    """
+    resampler: Resampler | None = None
+    for rate_hz, channels in _blocks(path, piece_s):
+        resampler = resampler or Resampler(rate_hz)
+        mono = channels.mean(axis=1)
+        if not np.isfinite(mono).all():
+            raise AudioError("it holds samples that are not finite numbers")
+        piece = resampler.accept(mono)
+        if len(piece):
+            yield piece
+    if resampler is None:
         raise AudioError("it holds no samples")
-    mono = channels.mean(axis=1)
-    if not np.isfinite(mono).all():
-        raise AudioError("it holds samples that are not finite numbers")
-    return resample(mono, rate_hz)
+    piece = resampler.finish()
+    if len(piece):
+        yield piece
+
+
+def audio_duration_s(path: str | os.PathLike[str]) -> float | None:
+    """Seconds of audio that a header declares; None where it does not say, or libsndfile does not read it."""
+    try:
+        with _opened(path) as file:
+            return len(file) / file.samplerate
+    except AudioError:
+        return None
 
 
 def resample(samples: np.ndarray, rate_hz: int, target_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
     """Polyphase resampling of [N] samples to [ceil(N * target / rate)] float32; images and aliases are below -75 dB."""
-    if rate_hz == target_hz or not len(samples):
-        return np.ascontiguousarray(samples, dtype=np.float32)
-    from scipy.signal import resample_poly  # 60 MB, which training from stored features never needs
+    resampler = Resampler(rate_hz, target_hz)
+    return np.concatenate([resampler.accept(samples), resampler.finish()])
 
-    divisor = math.gcd(rate_hz, target_hz)
-    up, down = target_hz // divisor, rate_hz // divisor
-    return resample_poly(samples, up, down, window=_low_pass(up, down)).astype(np.float32)
+
+class Resampler:
+    """Polyphase resampling of a signal that comes in pieces: together what ``resample`` gives of the whole, bit by bit.
+
+    Only the samples that the filter still reaches are kept. A call costs time also for an empty piece, that of
+    arranging a filter of 20 * rate / gcd(rate, target) taps, so pieces of 10 ms or more are advised.
+
+    Args:
+        rate_hz: of the samples that come.
+        target_hz: of those that it returns.
+    """
+
+    def __init__(self, rate_hz: int, target_hz: int = SAMPLE_RATE_HZ) -> None:
+        divisor = math.gcd(rate_hz, target_hz)
+        self._up, self._down = target_hz // divisor, rate_hz // divisor
+        self._half = 10 * max(self._up, self._down)  # taps on each side of the middle
+        self._kept = np.zeros(0)  # samples from number _first on
+        self._first = 0
+        self._returned = 0
+
+    def accept(self, samples: np.ndarray) -> np.ndarray:
+        """The next samples, float [N]; float32 [M], those of the result that are known now."""
+        if self._up == self._down:
+            return np.ascontiguousarray(samples, dtype=np.float32)
+        self._kept = np.concatenate([self._kept, samples])
+        held = self._first + len(self._kept)
+        return self._up_to(-((self._half - held * self._up) // self._down))
+
+    def finish(self) -> np.ndarray:
+        """float32 [M], the last of the result, as if silence followed. Nothing may come after it."""
+        held = self._first + len(self._kept)
+        return self._up_to(-(-held * self._up // self._down))
+
+    def _up_to(self, end: int) -> np.ndarray:
+        """The result from where it stands up to number ``end``."""
+        count = end - self._returned
+        if count <= 0:
+            return np.zeros(0, dtype=np.float32)
+        from scipy.signal import upfirdn  # 60 MB, which training from stored features never needs
+
+        # upfirdn begins with the first tap on the first sample. Result number _returned has tap `tap` there, so some of
+        # what comes before it is computed too, and the filter shifted until the distance is a whole number of results.
+        tap = self._returned * self._down - self._first * self._up + self._half
+        before = -(-tap // self._down)
+        taps = np.concatenate([np.zeros(before * self._down - tap), _low_pass(self._up, self._down)])
+        found = upfirdn(taps, self._kept, self._up, self._down)[before : before + count].astype(np.float32)
+        self._returned = end
+        needed = max(self._first, -((self._half - end * self._down) // self._up))
+        self._kept = self._kept[needed - self._first :].copy()
+        self._first = needed
+        return found
 
 
 @cache
@@ -94,7 +167,29 @@ def _low_pass(up: int, down: int) -> np.ndarray:
     from scipy.signal import firwin
 
     widest = max(up, down)
-    return firwin(2 * 10 * widest + 1, 1 / widest, window=("kaiser", 8.0))
+    return up * firwin(2 * 10 * widest + 1, 1 / widest, window=("kaiser", 8.0))
+
+
+def _blocks(path: str | os.PathLike[str], block_s: float) -> Iterator[tuple[int, np.ndarray]]:
+    """Rate in Hz and samples, float64 [N, channels], of one block after another."""
+    try:
+        with _opened(path) as file:
+            declared, held = len(file), 0
+            block = max(1, int(block_s * file.samplerate))
+            while held < declared:
+                # soundfile wants a number of frames that are there where it cannot seek (GSM 6.10)
+                channels = file.read(frames=min(block, declared - held), dtype="float64", always_2d=True)
+                if not len(channels):
+                    break
+                held += len(channels)
+                yield file.samplerate, channels
+            _check_length(held, declared)
+            return
+    except UnknownFormatError as error:
+        reason = error
+    from asr.data.ffmpeg import ffmpeg_blocks
+
+    yield from ffmpeg_blocks(Path(path), block_s, reason)
 
 
 @contextmanager
@@ -107,7 +202,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile]:
         if path.stat().st_size == 0:
             raise AudioError("the file is empty")
         _check_wav_is_whole(path)
-        with soundfile.SoundFile(str(path)) as file:
+        with _soundfile(path) as file:
             if len(file) >= _UNKNOWN_FRAMES:
                 raise AudioError(
                     "the header does not say how long it is; re-encode it, e.g. ffmpeg -i in.flac out.flac"
@@ -124,6 +219,13 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile]:
     # libsndfile's errors; TypeError: headerless formats such as .raw; ValueError: what soundfile itself refuses
     except (RuntimeError, TypeError, ValueError) as error:
         raise AudioError(f"not readable as audio ({_tail(error)})") from error
+
+
+def _soundfile(path: Path) -> soundfile.SoundFile:
+    try:
+        return soundfile.SoundFile(str(path))
+    except soundfile.LibsndfileError as error:
+        raise UnknownFormatError(f"not readable as audio ({_tail(error)})") from error
 
 
 def _check_wav_is_whole(path: Path) -> None:

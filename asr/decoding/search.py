@@ -20,7 +20,7 @@ class EndpointConfig:
     Args:
         silence_s: silence after which a stretch without text ends.
         silence_after_text_s: silence after the last token of a stretch with text.
-        max_segment_s: longest stretch.
+        max_segment_s: longest stretch; a longer one is cut in its widest pause between words in the second half.
     """
 
     silence_s: float = 2.4

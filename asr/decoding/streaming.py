@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,27 +15,12 @@ from asr.data.fbank import EXTRA_FRAMES, SUBSAMPLING, Fbank, FbankStream
 from asr.data.tokenizer import Tokenizer
 from asr.decoding.greedy import advance_greedy, init_greedy
 from asr.decoding.search import Hypothesis
-from asr.decoding.words import Word, seconds_of, timed_words
+from asr.decoding.transcript import Segment, make_segment
+from asr.decoding.words import pause_between, seconds_of
 from asr.errors import UserError
 
 if TYPE_CHECKING:  # asr.config imports asr.decoding
     from asr.config import Experiment
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of a stream between two endpoints.
-
-    ``hypothesis.frames`` and the times of words count from the start of the stream. ``final`` is False while the
-    stretch goes on: what is there stays, and more may come.
-    """
-
-    start_s: float
-    end_s: float
-    hypothesis: Hypothesis
-    text: str
-    words: list[Word]
-    final: bool
 
 
 @dataclass
@@ -128,21 +115,29 @@ class Stream:
         return frames
 
     def _segment(self, final: bool) -> Segment:
-        tokens, frames, confidences = self._open.tokens, self._open.frames, self._open.confidences
-        return Segment(
-            seconds_of(self._open.start),
-            seconds_of(self.frames),
-            Hypothesis(list(tokens), list(frames), self._open.score, list(confidences)),
-            self._tokenizer.decode(tokens),
-            timed_words(self._symbols, tokens, frames, confidences),
-            final,
-        )
+        found = self._open
+        hypothesis = Hypothesis(list(found.tokens), list(found.frames), found.score, list(found.confidences))
+        start_s, end_s = seconds_of(found.start), seconds_of(self.frames)
+        return make_segment(self._tokenizer, hypothesis, start_s, end_s, final=final)
 
     def _close(self) -> None:
         """The segment that goes on is final; one without text leaves nothing."""
         if self._open.tokens:
             self.segments.append(self._segment(final=True))
         self._open = _Open(self.frames)
+
+    def _cut(self) -> None:
+        """The segment that goes on is too long: it ends in a pause, and what follows the pause goes on.
+
+        The score of what was heard so far is the first part's.
+        """
+        found = self._open
+        at = pause_between(self._symbols, found.tokens, found.frames, found.start, self.frames)
+        count = bisect_left(found.frames, at)
+        if count:
+            first = Hypothesis(found.tokens[:count], found.frames[:count], found.score, found.confidences[:count])
+            self.segments.append(make_segment(self._tokenizer, first, seconds_of(found.start), seconds_of(at)))
+        self._open = _Open(at, found.tokens[count:], found.frames[count:], found.confidences[count:])
 
 
 class StreamingRecognizer:
@@ -262,6 +257,8 @@ class StreamingRecognizer:
                 # the encoder goes on hearing, as device runtimes do; the search forgets what was said
                 slot = stream._slot
                 _map(lambda old, new, slot=slot: old[slot : slot + 1].copy_(new), self._states[1], self._fresh[1])
+            elif self._too_long(stream):
+                stream._cut()  # in the midst of speech: the search goes on
 
     def _at_endpoint(self, stream: Stream) -> bool:
         rules = self._endpoints
@@ -270,7 +267,11 @@ class StreamingRecognizer:
         now, found = stream.frames, stream._open
         silence_s = seconds_of(now - (found.frames[-1] + 1 if found.frames else found.start))
         enough_s = rules.silence_after_text_s if found.tokens else rules.silence_s
-        return silence_s >= enough_s or seconds_of(now - found.start) >= rules.max_segment_s
+        return silence_s >= enough_s
+
+    def _too_long(self, stream: Stream) -> bool:
+        longest_s = math.inf if self._endpoints is None else self._endpoints.max_segment_s
+        return seconds_of(stream.frames - stream._open.start) >= longest_s
 
 
 def _size(states: Any) -> int:

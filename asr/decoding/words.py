@@ -15,6 +15,11 @@ def seconds_of(frames: int) -> float:
     return frames * ENCODER_FRAME_MS / 1000
 
 
+def frames_of(time_s: float) -> int:
+    """The encoder frame that begins at a time, or nearest to it."""
+    return round(time_s * 1000 / ENCODER_FRAME_MS)
+
+
 @dataclass(frozen=True)
 class Word:
     """A word as it was emitted: from the frame of its first token to the end of the frame of its last, in seconds.
@@ -61,3 +66,31 @@ def timed_words(
                 parts.append(i)
     close()
     return words
+
+
+def pause_between(symbols: Sequence[str], tokens: Sequence[int], frames: Sequence[int], begin: int, end: int) -> int:
+    """Where to cut a stretch that is too long: the middle of the widest gap between words in its second half.
+
+    Where no two words meet there, as in writing without spaces, tokens count as words; without any, it is cut at its
+    end.
+
+    Args:
+        symbols: of the tokenizer, by token id.
+        tokens, frames: as in ``Hypothesis``, frames within ``begin`` to ``end``.
+        begin, end: encoder frames of the stretch; what follows the last token is a gap too.
+
+    Returns:
+        An encoder frame, above ``begin`` and at most ``end``.
+    """
+    gaps = []  # (width, middle), then whether words meet there
+    for i in range(1, len(tokens) + 1):
+        after, before = frames[i - 1] + 1, frames[i] if i < len(tokens) else end
+        middle = (after + before + 1) // 2
+        if 2 * (middle - begin) >= end - begin:
+            meet = i < len(tokens) and (symbols[tokens[i - 1]].endswith(SPACE) or symbols[tokens[i]].startswith(SPACE))
+            gaps.append(((before - after, middle), meet))
+    if not gaps:
+        return end
+    # behind the last token a word may go on or not: that gap is one of tokens and, where there are words, one of words
+    words = [gap for gap, meet in gaps if meet]
+    return max([*words, gaps[-1][0]] if words else [gap for gap, _ in gaps])[1]

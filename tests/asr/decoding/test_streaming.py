@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from hypothesis import strategies as st
 
 from asr.config import Experiment, load_experiment
 from asr.data.fbank import Fbank, pad_tail
-from asr.decoding import Hypothesis
+from asr.decoding import Hypothesis, greedy
 from asr.decoding.decode import decode_features
 from asr.decoding.streaming import Stream, StreamingRecognizer
-from asr.decoding.words import Word, timed_words
+from asr.decoding.words import Word, frames_of, pause_between, timed_words
 from asr.errors import UserError
 from tests.asr.decoding.corpus import bursts, tokenizer
 from tests.asr.decoding.test_real_model import SETTINGS, make_model
@@ -209,17 +210,43 @@ def test_silence_without_text_moves_the_start(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_segment_has_a_longest_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Endpoints(monkeypatch, set(range(0, 500, 3)), 9.0, "decoding.endpoint.max_segment_s=4")
-    assert [(part.start_s, part.end_s) for part, _ in found.segments] == [(0.0, 4.0), (4.0, 8.0)]
-    frames = [frame for part, _ in found.segments for frame in part.hypothesis.frames]
-    assert frames == list(range(0, 200, 3)), "no token is lost or said twice"
+    emitting = set(range(0, 500, 3)) - {63, 66, 69, 72}
+    found = Endpoints(monkeypatch, emitting, 9.0, "decoding.endpoint.max_segment_s=4")
+    parts = [part for part, _ in found.segments]
+    # at 4 s it is cut in the pause of frames 61 to 74; then in the last of many equal ones before frame 168 + 100
+    assert (parts[0].start_s, parts[0].end_s) == (0.0, pytest.approx(68 * 0.04))
+    assert parts[0].hypothesis.frames == list(range(0, 61, 3))
+    assert parts[1].start_s == parts[0].end_s and 4.0 < parts[1].end_s <= 6.8
+    frames = [frame for part in [*parts, *found.last] for frame in part.hypothesis.frames]
+    assert frames == sorted(emitting & set(range(frames[-1] + 1))), "no token is lost or said twice"
 
 
-def test_after_an_endpoint_the_search_begins_anew() -> None:
-    """The predictor forgets, the encoder does not."""
-    config = experiment(320, 640, "decoding.endpoint.max_segment_s=0.96")
+@pytest.mark.parametrize(
+    ("spelt", "frames", "end", "cut"),
+    [
+        # the widest gap is within a word, and one between words is before the second half
+        (["▁a", "▁b", "▁c", "d", "▁e"], [10, 40, 55, 80, 92], 100, 87),
+        (["▁", "a", "▁", "b"], [0, 60, 62, 90], 100, 77),  # a space of its own belongs to neither
+        (["a", "b", "c"], [10, 55, 90], 100, 73),  # writing without spaces
+        (["▁a", "▁b"], [10, 60], 100, 81),  # what follows the last word is a gap as well
+        (["▁a"], [10], 100, 56),
+        (["▁a", "▁b"], [10, 10], 20, 16),  # two tokens of one frame
+        ([], [], 100, 100),
+    ],
+)
+def test_a_long_stretch_is_cut_between_words(spelt: list[str], frames: list[int], end: int, cut: int) -> None:
+    symbols = ["<blk>", *dict.fromkeys(spelt)]
+    assert pause_between(symbols, [symbols.index(one) for one in spelt], frames, 0, end) == cut
+    assert pause_between(symbols, [symbols.index(one) for one in spelt], [f + 7 for f in frames], 7, end + 7) == cut + 7
+
+
+@pytest.mark.parametrize("rule", ["silence_after_text_s=0.2", "max_segment_s=0.96"])
+def test_the_predictor_forgets_at_an_endpoint_and_the_encoder_does_not(rule: str) -> None:
+    """In the midst of speech, where a segment is too long, neither does."""
+    config = experiment(320, 640, f"decoding.endpoint.{rule}")
     sound = bursts(40000, seed=5)
-    listening = recognizer(config, endpoints=True)
+    network = make_model(blank_bias=3.0)  # with pauses
+    listening = StreamingRecognizer(network, tokenizer(), config)
     stream = listening.open()
     stream.accept(sound)
     stream.finish()
@@ -228,13 +255,14 @@ def test_after_an_endpoint_the_search_begins_anew() -> None:
     fbank = Fbank(config.data.features)
     features = torch.from_numpy(fbank.extract(pad_tail(sound, config.data.features)))
     with torch.inference_mode():
-        enc, _ = model().encode(features[None], torch.tensor([len(features)]), *config.decoding.context)
-    from asr.decoding import greedy
-
+        enc, _ = network.encode(features[None], torch.tensor([len(features)]), *config.decoding.context)
+    ends = [0, enc.shape[1]]
+    if rule.startswith("silence"):
+        ends = [0, *(frames_of(part.end_s) for part in stream.segments), enc.shape[1]]
     expected = []
-    for start in range(0, enc.shape[1], 24):
-        part = enc[:, start : start + 24]
-        (found,) = greedy(model(), part, torch.tensor([part.shape[1]]), config.decoding)
+    for start, end in pairwise(ends):
+        part = enc[:, start:end]
+        (found,) = greedy(network, part, torch.tensor([part.shape[1]]), config.decoding)
         expected += [(token, start + frame) for token, frame in zip(found.tokens, found.frames, strict=True)]
     said = [
         pair for part in stream.segments for pair in zip(part.hypothesis.tokens, part.hypothesis.frames, strict=True)

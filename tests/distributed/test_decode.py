@@ -43,6 +43,7 @@ def test_files_are_those_of_one_process(words: list[str], tmp_path: Path) -> Non
     assert outputs[2][0].startswith("greedy: 11 utterances")
 
 
+@pytest.mark.slow
 def test_the_average_is_that_of_one_process(data: Path, tmp_path: Path) -> None:
     run(read_data(data), tmp_path, *SETTINGS, "training.checkpoint_every_steps=1")
     words = [sys.executable, "-m", "asr.cli.main", "average", "--device", "cpu", "--train-dir", str(tmp_path)]

@@ -77,6 +77,7 @@ def test_steps_equal_those_of_one_process(size: int, data: Path, tmp_path: Path)
         assert many["share"] <= 1.1 * one["share"] / shares
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(data: Path, tmp_path: Path) -> None:
     """Steps 1 to 3 on one kind of processes, the rest on another: the same batches, each once, and the same weights."""
     ways = {1: [], 2: ["parallel.zero=3"], 4: ["parallel.zero=1"]}

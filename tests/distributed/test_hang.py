@@ -109,6 +109,7 @@ def _slow(ranks: Ranks, data: Path, out: Path) -> None:
     assert trainer.progress.step > 4
 
 
+@pytest.mark.slow
 def test_slow_steps_and_a_slow_checkpoint_are_left_alone(data: Path, tmp_path: Path) -> None:
     together(2, _slow, data, tmp_path)
     assert not (tmp_path / "hangs").exists()

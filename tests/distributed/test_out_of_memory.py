@@ -59,6 +59,7 @@ def check_equal(out: Path, free: Path) -> None:
         assert max(right["tried"]) >= max(left["tried"]) > 1
 
 
+@pytest.mark.slow
 def test_all_begin_the_step_again_in_smaller_pieces(data: Path, tmp_path: Path) -> None:
     free = tmp_path / "free"
     together(2, _steps, data, free, 0, 99)
@@ -71,6 +72,7 @@ def test_all_begin_the_step_again_in_smaller_pieces(data: Path, tmp_path: Path) 
         assert sorted(path.name for path in (out / "memory").iterdir()) == ["pieces-rank1.json"]
 
 
+@pytest.mark.slow
 def test_processes_that_wait_within_a_pass_start_again_with_what_they_know(data: Path, tmp_path: Path) -> None:
     free, out = tmp_path / "free", tmp_path / "out"
     together(2, _steps, data, free, 3, 99)

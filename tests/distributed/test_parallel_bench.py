@@ -20,6 +20,7 @@ def bench(*words: str) -> tuple[int, list[dict[str, Any]]]:
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_shares_of_two_processes() -> None:
     _, (one, *many) = bench("shares", "--preset", "xs", "--nproc", "2", "--zero", "0,3")
     assert one["nproc"] == 1 and one["optimizer_bytes"] == pytest.approx(2 * one["parameters_bytes"], rel=0.01)
@@ -38,6 +39,7 @@ def test_checkpointing_by_mode() -> None:
     assert 1 == found[0]["less"] < found[1]["less"] < found[2]["less"]
 
 
+@pytest.mark.slow
 def test_offload_frees_memory_and_keeps_to_a_limit() -> None:
     status, (plain, mapped, bounded, bounded_mapped, summary) = bench("offload", "--preset", "m", "--steps", "2")
     assert status == 0 and summary["within"], summary

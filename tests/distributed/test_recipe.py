@@ -33,6 +33,7 @@ def events(folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_all_stages_and_a_stop_between(tmp_path: Path) -> None:
     """SIGTERM saves and stops with exit code 0; the same command goes on there and runs to the end."""
     words = command(tmp_path, "--set", "parallel.zero=3", "--set", "training.max_epochs=6")

@@ -269,7 +269,7 @@ FILES = [
     Case("audio file missing", TRANSCRIBE + " {tmp}/none.wav", ("{tmp}/none.wav", "the file does not exist")),
     Case("audio file is text", TRANSCRIBE + " {config}", ("tiny.yaml", "not readable as audio")),
     Case("audio file is empty", TRANSCRIBE + " {tmp}/e.wav", ("e.wav", "the file is empty"), write("e.wav", "")),
-    Case("audio file is a folder", TRANSCRIBE + " {tmp}", ("folder",)),
+    Case("folder without audio", TRANSCRIBE + " {exp}/tokenizer", ("{exp}/tokenizer holds no audio files",)),
     Case("audio that is not finite", TRANSCRIBE + " {tmp}/nan.wav", ("nan.wav", "finite"), nan_audio),
     Case("average of nothing", "asr average --train-dir {tmp} --valid-cuts {valid}", ("no whole checkpoint",)),
     Case("average of no folder", "asr average --train-dir {tmp}/none --valid-cuts {valid}", ("{tmp}/none", "folder")),

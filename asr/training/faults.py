@@ -11,7 +11,7 @@ from typing import Any
 
 from asr.checkpoint import atomic_save
 from asr.data.batch import Batch
-from asr.errors import Terminated, UserError
+from asr.errors import UserError
 
 
 class TooManyBadBatches(UserError):
@@ -87,11 +87,6 @@ class Termination:
         self.requested = False
         self.interrupted = False  # by Ctrl-C
         self._old: dict[int, Any] = {}
-
-    def check(self) -> None:
-        """Raises Terminated if a signal has come."""
-        if self.requested:
-            raise Terminated
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

@@ -440,9 +440,13 @@ class Trainer:
         return metrics
 
     def _check(self, stop: Termination) -> None:
-        """Raises Terminated on all processes if a signal has come to one."""
-        stop.requested = self.ranks.any(stop.requested)
-        stop.check()
+        """Raises Terminated on all processes if a signal has come to one.
+
+        One that comes while they ask each other is kept for the next time, since the others do not know of it.
+        """
+        if self.ranks.any(stop.requested):
+            stop.requested = True
+            raise Terminated
 
     def _epoch(self, bad: BadBatches, metrics: MetricsWriter, stop: Termination) -> None:
         """The rest of the current epoch, or up to the step limit.

@@ -10,10 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from asr.errors import StartAgain, Terminated, UserError
 from asr.training.faults import BadBatches, Termination, TooManyBadBatches
 from asr.training.launch import torchrun
 from asr.training.ranks import Ranks, _meet, one_speaks, place
+from asr.training.trainer import Trainer
 from asr.training.trainer_config import ParallelConfig
 from tests.asr.training.runs import (
     NO_DROPOUT,
@@ -189,12 +193,30 @@ def _stop_second(ranks: Ranks, data: Path, out: Path) -> None:
     result = trainer.run(stop)
     assert (result.reason, result.step) == ("terminated", 2)
     with pytest.raises(Terminated):
-        stop.check()
+        if stop.requested:
+            raise Terminated
 
 
 def test_a_signal_to_one_process_stops_all_with_a_checkpoint(data: Path, tmp_path: Path) -> None:
     together(2, _stop_second, data, tmp_path)
     assert newest(tmp_path)["step"] == 2 and records(tmp_path, "end")[-1]["reason"] == "terminated"
+
+
+def test_a_signal_while_processes_ask_each_other_is_not_lost() -> None:
+    """The first waits there for the slowest most of the time."""
+    stop = Termination()
+
+    class Asking(Ranks):
+        def sum(self, values: Sequence[float]) -> list[float]:
+            found = list(values)
+            stop._handle(signal.SIGTERM, None)
+            return found
+
+    trainer: Any = SimpleNamespace(ranks=Asking(0, 2, 0))
+    Trainer._check(trainer, stop)
+    assert stop.requested
+    with pytest.raises(Terminated):
+        Trainer._check(trainer, stop)
 
 
 def command(data: Path, out: Path, *settings: str) -> list[str]:

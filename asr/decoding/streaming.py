@@ -61,11 +61,6 @@ class Stream:
         """What is there of the segment that goes on."""
         return self._segment(final=False)
 
-    @property
-    def duration_s(self) -> float:
-        """Seconds of audio that were accepted."""
-        return self._fbank.num_samples / 16000
-
     def accept(self, samples: np.ndarray) -> None:
         """The next samples, float32 [N] in [-1, 1] at 16 kHz; any number.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -224,6 +223,4 @@ def _for_cutting(config: Experiment) -> Experiment:
 
 
 def _with_decoding(config: Experiment, **changes: Any) -> Experiment:
-    found = copy.copy(config)
-    found.decoding = replace(config.decoding, **changes)
-    return found
+    return replace(config, decoding=replace(config.decoding, **changes))

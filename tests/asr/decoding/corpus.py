@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import soundfile
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
+from asr.config import Experiment
 from asr.data.loader import DataConfig
 from asr.data.tokenizer import Tokenizer
 from asr.decoding import DecodingConfig
-from asr.models.transducer import LossConfig
 
 SYMBOLS = ["<blk>", "a", "b", "c", "▁"]
 
@@ -21,11 +21,11 @@ def tokenizer() -> Tokenizer:
     return Tokenizer("char", SYMBOLS)
 
 
-def config(**decoding: object) -> SimpleNamespace:
-    """The parts of an experiment that decoding reads."""
+def config(**decoding: Any) -> Experiment:
+    """An experiment of which decoding reads these parts."""
     data = DataConfig(num_workers=0)
     data.features.storage = "on_the_fly"
-    return SimpleNamespace(data=data, decoding=DecodingConfig(**decoding), loss=LossConfig())
+    return Experiment(data=data, decoding=DecodingConfig(**decoding))
 
 
 def bursts(num_samples: int, seed: int) -> np.ndarray:

@@ -8,6 +8,7 @@ number of batches that it consumed, nothing else.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -466,7 +467,10 @@ def _start_worker(worker_id: int) -> None:
     if hasattr(signal, "sigtimedwait"):
         # torch's own handler would let the worker die, and the main process with an error instead of a checkpoint
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        # not os.getppid(): a parent that was killed before this line has handed its children on already
+        parent = multiprocessing.parent_process()
+        if parent is not None and parent.pid is not None:
+            threading.Thread(target=_end_with_parent, args=(parent.pid,), daemon=True).start()
 
 
 def _end_with_parent(parent: int) -> None:

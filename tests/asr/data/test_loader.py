@@ -21,7 +21,15 @@ from lhotse import CutSet, MonoCut
 from asr.data.augmentation import AugmentConfig, SpecAugmentConfig
 from asr.data.batch import Batch
 from asr.data.features import Fbank, FeatureConfig, compute_cut_features, compute_features
-from asr.data.loader import BatchLoader, DataConfig, eval_loader, explain_dead_worker, plan_epoch, train_loader
+from asr.data.loader import (
+    BatchLoader,
+    DataConfig,
+    _start_worker,
+    eval_loader,
+    explain_dead_worker,
+    plan_epoch,
+    train_loader,
+)
 from asr.data.tokenizer import Tokenizer, TokenizerConfig
 from asr.errors import UserError
 from tests.asr.data.speech import WORDS, write_cuts
@@ -396,3 +404,34 @@ def test_sorted_epochs_rise_in_duration_and_hold_the_same_cuts() -> None:
     assert (
         sorted(i for batch in first for i in batch) == sorted(i for batch in second for i in batch) == list(range(200))
     )
+
+
+def _leaves_a_starting_worker(pids: multiprocessing.Queue) -> None:
+    context = multiprocessing.get_context("fork")
+    worker = context.Process(target=_orphaned_before_it_starts, args=(pids,))
+    worker.start()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _orphaned_before_it_starts(pids: multiprocessing.Queue) -> None:
+    parent = multiprocessing.parent_process()
+    while parent is not None and os.getppid() == parent.pid:
+        time.sleep(0.01)
+    pids.put(os.getpid())
+    _start_worker(0)
+    time.sleep(600)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_worker_that_starts_without_its_parent_ends() -> None:
+    context = multiprocessing.get_context("spawn")
+    pids = context.Queue()
+    process = context.Process(target=_leaves_a_starting_worker, args=(pids,))
+    process.start()
+    worker = pids.get(timeout=60)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split(")")[1][:3]:
+        assert time.monotonic() < deadline, "it waits for a parent that it never saw"
+        time.sleep(0.05)

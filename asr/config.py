@@ -25,6 +25,7 @@ from asr.data.loader import DataConfig
 from asr.data.tokenizer import TokenizerConfig
 from asr.decoding.search import DecodingConfig
 from asr.errors import UserError
+from asr.export.config import ExportConfig
 from asr.models.presets import PRESETS
 from asr.models.transducer import LossConfig, ModelConfig
 from asr.training.optim import OptimConfig
@@ -51,6 +52,7 @@ class Experiment:
         memory: what a step keeps.
         average: which checkpoints become the model that decodes.
         decoding: search.
+        export: files for devices.
     """
 
     name: str = "experiment"
@@ -65,6 +67,7 @@ class Experiment:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     average: AverageConfig = field(default_factory=AverageConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
         if not isinstance(self.loss, LossConfig):  # the parser's own object, before the parts are made

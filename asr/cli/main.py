@@ -17,6 +17,8 @@ COMMANDS = {
     "checkpoint": "turn the checkpoint folder of several processes into one file",
     "decode": "decode a cut manifest with a checkpoint and score it",
     "latency": "show word errors and delays at several chunk sizes",
+    "export": "write files that device runtimes load",
+    "verify": "run exported files in their runtime and compare them with the model",
     "transcribe": "print the text of audio files",
     "doctor": "show versions, devices and optional parts, and how to install what is missing",
     "presets": "show the model presets with their exact numbers of parameters",

@@ -161,6 +161,18 @@ class Tokenizer:
         """The token of each id; U+2581 stands for a space."""
         return list(self._symbols)
 
+    @property
+    def sentencepiece_model(self) -> bytes:
+        """The model of bpe and unigram; empty for the others."""
+        return self._model
+
+    @property
+    def sentencepiece_scores(self) -> list[tuple[str, float]]:
+        """Piece and score of each id of bpe and unigram, as sentencepiece's vocabulary files have them."""
+        if self._processor is None:
+            return []
+        return [(symbol, self._processor.get_score(i)) for i, symbol in enumerate(self._symbols)]
+
     def to_state(self) -> dict[str, str | int | list[str]]:
         """Everything as a dict that JSON can hold, for checkpoints."""
         state: dict[str, str | int | list[str]] = {"format": STATE_FORMAT, "kind": self.kind}

@@ -12,7 +12,7 @@ from asr.decoding import SEARCHES
 from asr.errors import UserError
 
 # The rest of a configuration describes how the weights came about. Changing it now would be silently without effect.
-CHANGEABLE = ("decoding", "data")
+CHANGEABLE = ("decoding", "data", "export")
 
 
 def load_for_decoding(
@@ -24,7 +24,7 @@ def load_for_decoding(
         path: checkpoint file.
         device: a name that ``asr.device.resolve_device`` gave.
         search: a name of ``SEARCHES``; None keeps the checkpoint's.
-        overrides: ``decoding.name=value`` or ``data.name=value``.
+        overrides: ``decoding.name=value``, ``data.name=value`` or ``export.name=value``.
 
     Raises:
         UserError: no such checkpoint or search; a setting that is unknown, of the wrong type or not changeable.
@@ -43,7 +43,7 @@ def experiment_dir(checkpoint: Path) -> Path:
 
 
 def override(config: Experiment, overrides: Sequence[str]) -> Experiment:
-    """A configuration with ``a.b=c`` applied to its ``decoding`` and ``data`` parts."""
+    """A configuration with ``a.b=c`` applied to those of its parts that are ``CHANGEABLE``."""
     tree = to_dict(config)
     for text in overrides:
         change = parse_override(text)

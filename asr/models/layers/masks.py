@@ -35,7 +35,9 @@ def attention_mask(lens: Tensor, max_len: int, chunk_frames: int = 0, left_frame
     """
     device = lens.device
     if chunk_frames <= 0:
-        if bool((lens == max_len).all()):
+        # a graph that is being recorded holds for all lengths
+        recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        if not recorded and bool((lens == max_len).all()):
             return None
         return length_mask(lens, max_len)[:, None, None, :].expand(-1, 1, max_len, -1)
     frame = torch.arange(max_len, device=device)

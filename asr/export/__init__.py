@@ -1,0 +1,44 @@
+"""Models leave for devices: files that existing runtimes load unchanged, and the proof that they do."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Target(NamedTuple):
+    """A kind of files.
+
+    Args:
+        about: one line for users.
+        module: has ``check(loaded, chunk_ms)`` and ``write(loaded, folder, spec)``.
+        extra: of this distribution, which installs what it needs.
+        packages: modules that writing and verifying import.
+        streaming, offline: adapters of ``asr.export.runtimes.child`` that run the files; None where there are no such.
+    """
+
+    about: str
+    module: str
+    extra: str
+    packages: tuple[str, ...]
+    streaming: str | None
+    offline: str | None
+
+
+TARGETS = {
+    "sherpa-onnx": Target(
+        "encoder, decoder and joiner for sherpa-onnx: Android, iOS, Raspberry Pi, C, Go, Swift, Node, WASM",
+        "asr.export.sherpa_onnx",
+        "export",
+        ("onnx", "onnxruntime", "sherpa_onnx"),
+        "sherpa-onnx",
+        "sherpa-onnx-offline",
+    ),
+    "onnx": Target(
+        "the same files with run.py, which needs numpy, kaldi-native-fbank and onnxruntime only",
+        "asr.export.onnx_files",
+        "export",
+        ("onnx", "onnxruntime"),
+        "onnx",
+        "onnx",
+    ),
+}

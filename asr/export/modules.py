@@ -1,0 +1,162 @@
+"""The parts of a transducer as graphs see them: plain tensors in, plain tensors out.
+
+One file of a target holds one of these modules. They call the model's own ``step``, ``output`` and ``logits``, so that
+a file computes what decoding computes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asr.models.encoders.conformer import Conformer, ConformerState
+from asr.models.joiner import Joiner
+from asr.models.layers.subsampling import OVERLAP_FRAMES, SUBSAMPLING_FACTOR, subsampled_lens
+from asr.models.predictors import StatelessState
+from asr.models.transducer import Transducer
+
+
+class Geometry(NamedTuple):
+    """Sizes of a streaming encoder. Frames of a chunk C and of the left context L are encoder frames of 40 ms."""
+
+    chunk_frames: int
+    left_frames: int
+    num_layers: int
+    dim: int
+    conv_kernel: int
+    num_mel_bins: int
+    joiner_dim: int
+
+    @property
+    def feature_frames(self) -> int:
+        """Feature frames that a call reads: those of the chunk, and 3 of the next."""
+        return SUBSAMPLING_FACTOR * self.chunk_frames + OVERLAP_FRAMES
+
+    @property
+    def shift_frames(self) -> int:
+        """Feature frames from one call to the next."""
+        return SUBSAMPLING_FACTOR * self.chunk_frames
+
+    @property
+    def conv_rows(self) -> int:
+        """Frames that one of the two packed rows of a convolution's cache holds."""
+        return self.conv_kernel // 2
+
+
+def geometry(model: Transducer, chunk_frames: int, left_frames: int) -> Geometry:
+    """Of a model that is exported for chunks of this many frames."""
+    encoder = model.config.encoder
+    return Geometry(
+        chunk_frames,
+        left_frames,
+        encoder.num_layers,
+        encoder.dim,
+        encoder.conv_kernel,
+        model.config.num_mel_bins,
+        model.config.joiner.dim,
+    )
+
+
+class StreamingEncoder(nn.Module):
+    """One chunk of each stream, with the joiner's projection of the encoder's output.
+
+    Inputs are the features [N, 4 C + 3, F] and the tensors of a ``ConformerState`` by themselves, keys and values
+    [N, B, L, D] of B blocks, conv [N, B, K - 1, D], frames [N] int64; results are encoder_out [N, C, J] and the tensors
+    of the next state.
+    """
+
+    def __init__(self, model: Transducer):
+        super().__init__()
+        self.encoder: Conformer = model.encoder
+        self.joiner_proj = model.joiner.encoder_proj
+
+    def forward(
+        self, x: Tensor, keys: Tensor, values: Tensor, conv: Tensor, frames: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        enc, state = self.encoder.step(x, ConformerState(keys, values, conv, frames))
+        return (self.joiner_proj(enc), *state)
+
+
+class PackedStreamingEncoder(nn.Module):
+    """The same with its state packed into the two caches that sherpa-onnx keeps for model type "conformer".
+
+    That runtime makes the first caches of zeros, of sizes that the metadata give, and hands each call's caches to the
+    next; so they hold what we like. ``cached_attn`` [2 B + 1, L, N, D]: keys of the B blocks, values, and a row whose
+    every number is the count of frames so far, at most L. The runtime's own ``processed_lens`` starts at 0 again at an
+    endpoint while the caches stay, so it cannot say how much of them is speech. ``cached_conv`` [2 B + 1, H, N, D] with
+    H = K // 2: the caches of the convolutions, in two parts.
+    """
+
+    def __init__(self, model: Transducer, sizes: Geometry):
+        super().__init__()
+        self.encoder: Conformer = model.encoder
+        self.joiner_proj = model.joiner.encoder_proj
+        self.sizes = sizes
+
+    def forward(
+        self, x: Tensor, cached_attn: Tensor, cached_conv: Tensor, processed_lens: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        blocks, rows, kept = self.sizes.num_layers, self.sizes.conv_rows, self.sizes.conv_kernel - 1
+        attn, conv = cached_attn.permute(2, 0, 1, 3), cached_conv.permute(2, 0, 1, 3)
+        halves = torch.cat([conv[:, :blocks], conv[:, blocks : 2 * blocks]], dim=2)
+        state = ConformerState(
+            attn[:, :blocks], attn[:, blocks : 2 * blocks], halves[:, :, 2 * rows - kept :], attn[:, -1, 0, 0].long()
+        )
+        enc, after = self.encoder.step(x, state)
+        counter = after.frames.to(x.dtype)[:, None, None, None].expand_as(attn[:, -1:])
+        new_attn = torch.cat([after.keys, after.values, counter], dim=1)
+        new_halves = F.pad(after.conv, (0, 0, 2 * rows - kept, 0))
+        unused = conv[:, -1:]
+        new_conv = torch.cat([new_halves[:, :, :rows], new_halves[:, :, rows:], unused], dim=1)
+        # an input that nothing reads would be dropped from the file, and the runtime would end the process
+        out = self.joiner_proj(enc) + 0 * processed_lens.to(x.dtype)[:, None, None]
+        return out, new_attn.permute(1, 2, 0, 3), new_conv.permute(1, 2, 0, 3)
+
+    def first_state(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """cached_attn, cached_conv and processed_lens of streams that have not begun."""
+        rows = 2 * self.sizes.num_layers + 1
+        return (
+            torch.zeros(rows, self.sizes.left_frames, batch_size, self.sizes.dim),
+            torch.zeros(rows, self.sizes.conv_rows, batch_size, self.sizes.dim),
+            torch.zeros(batch_size, dtype=torch.int64),
+        )
+
+
+class OfflineEncoder(nn.Module):
+    """Whole utterances in full context: x [N, T, F] and x_lens [N] int64 to encoder_out [N, T', J] and its lengths."""
+
+    def __init__(self, model: Transducer):
+        super().__init__()
+        self.encoder: Conformer = model.encoder
+        self.joiner_proj = model.joiner.encoder_proj
+
+    def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
+        # one encoder frame reads 7 feature frames: with so many more behind, a graph needs no case for short ones
+        enc, _ = self.encoder(F.pad(x, (0, 0, 0, 7)), x_lens)
+        return self.joiner_proj(enc), subsampled_lens(x_lens)
+
+
+class Predictor(nn.Module):
+    """y [N, context_size] int64, the last tokens, to decoder_out [N, J], projected for the joiner."""
+
+    def __init__(self, model: Transducer):
+        super().__init__()
+        self.predictor: nn.Module = model.predictor
+        self.joiner_proj = model.joiner.predictor_proj
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.joiner_proj(self.predictor.output(StatelessState(y)))  # type: ignore[operator]
+
+
+class JoinerLogits(nn.Module):
+    """encoder_out and decoder_out [N, J], both projected, to logit [N, V]."""
+
+    def __init__(self, model: Transducer):
+        super().__init__()
+        self.joiner: Joiner = model.joiner
+
+    def forward(self, encoder_out: Tensor, decoder_out: Tensor) -> Tensor:
+        return self.joiner.logits(encoder_out, decoder_out)

@@ -1,0 +1,25 @@
+"""Target "onnx": the files of sherpa-onnx with a program that runs them in onnxruntime alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from asr.checkpoint import Loaded
+from asr.export import onnx_runner
+from asr.export.spec import Spec
+from asr.export.transducer_files import check_model, write_transducer
+from asr.models.context import Milliseconds
+
+RUNNER = "run.py"
+
+
+def check(loaded: Loaded, chunk_ms: Milliseconds) -> None:
+    """Raises UserError for a model that the files cannot hold."""
+    check_model(loaded, "onnx")
+
+
+def write(loaded: Loaded, folder: Path, spec: Spec) -> dict[str, dict[str, str]]:
+    """Writes the files into a folder; for each precision, the name of each part's file."""
+    shutil.copyfile(onnx_runner.__file__, folder / RUNNER)
+    return write_transducer(loaded, folder, spec)

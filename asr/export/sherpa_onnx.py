@@ -1,0 +1,20 @@
+"""Target "sherpa-onnx"."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from asr.checkpoint import Loaded
+from asr.export.spec import Spec
+from asr.export.transducer_files import check_model, write_transducer
+from asr.models.context import Milliseconds
+
+
+def check(loaded: Loaded, chunk_ms: Milliseconds) -> None:
+    """Raises UserError for a model that sherpa-onnx cannot hold."""
+    check_model(loaded, "sherpa-onnx")
+
+
+def write(loaded: Loaded, folder: Path, spec: Spec) -> dict[str, dict[str, str]]:
+    """Writes the files into a folder; for each precision, the name of each part's file."""
+    return write_transducer(loaded, folder, spec)

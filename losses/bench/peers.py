@@ -53,7 +53,7 @@ def loss_function(name: str, products: str) -> Callable[[Case], tuple[Tensor, di
     mixed = products == "bf16"
 
     def join(states: Tensor, case: Case) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        with torch.autocast(states.device.type, torch.bfloat16, enabled=mixed):
             return (torch.tanh(states) @ case.weight.T).float()
 
     def full(case: Case) -> tuple[Tensor, dict[str, Any]]:

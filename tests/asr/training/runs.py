@@ -67,8 +67,10 @@ def run(data: TrainData, out: Path, *settings: str, resume: str = "auto") -> Tra
     return train(experiment(*settings), data, out, resume=resume, command="asr train --config a.yaml")
 
 
-def make_trainer(config: Experiment, data: TrainData, out: Path, ranks: Ranks | None = None) -> Trainer:
-    trainer = Trainer(config, data, out, "cpu", "asr train", ranks)
+def make_trainer(
+    config: Experiment, data: TrainData, out: Path, ranks: Ranks | None = None, device: str = "cpu"
+) -> Trainer:
+    trainer = Trainer(config, data, out, device, "asr train", ranks)
     trainer.line = ProgressLine(io.StringIO())
     return trainer
 

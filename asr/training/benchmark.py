@@ -130,7 +130,7 @@ def make_trainer(
     """A trainer with random weights; out_dir stays empty but for the folder of its checkpoints."""
     settings = [f"model.preset={preset}", f"training.precision={precision}", *overrides]
     tokenizer = Tokenizer("word", [BLANK, *(f"token{i}" for i in range(1, vocab_size))])
-    cuts = [SimpleNamespace(duration=1e6)]
+    cuts = [SimpleNamespace(duration=1e6, supervisions=[])]
     data = TrainData(cuts, cuts, tokenizer)
     return Trainer(load_experiment(overrides=settings), data, out_dir, device, ranks=ranks)
 

@@ -92,11 +92,12 @@ def measure(case: Case, method: str, products: str, threshold: float, samples: i
         row["failed"] = "out of memory"
     except (RuntimeError, ValueError) as error:
         row["failed"] = str(error).splitlines()[0]
-    for x in case.sources:
-        x.grad = None
-        x.requires_grad_(False)  # what is cut from it is a leaf again
-    gc.collect()
-    torch.cuda.empty_cache()
+    finally:
+        for x in case.sources:
+            x.grad = None
+            x.requires_grad_(False)  # what is cut from it is a leaf again
+        gc.collect()
+        torch.cuda.empty_cache()
     return row
 
 

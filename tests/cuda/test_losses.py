@@ -57,7 +57,7 @@ def test_float64_equals_the_reference(topology: str, name: str, method: str) -> 
 
 
 @each_method
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2), ("float16", 4e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-2), ("float16", 4e-3)])
 def test_other_formats(method: str, dtype: str, tolerance: float) -> None:
     problem = make("regular", "odd sizes", dtype=getattr(torch, dtype), vocab=64, dim=32)
     there = moved(problem)
@@ -154,7 +154,7 @@ def step(case: cases.Case, method: str, limit: str | int | None, products: torch
     total = found.loss if found.simple_loss is None else found.loss + found.simple_loss
     total.backward()
     left = sum(x.grad.numel() * x.grad.itemsize for x in leaves)
-    return torch.cuda.max_memory_allocated() - before - left, float(total), found.info
+    return torch.cuda.max_memory_allocated() - before - left, float(total.detach()), found.info
 
 
 def case_on_device(name: str, simple: bool = False) -> cases.Case:

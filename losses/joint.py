@@ -10,14 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from losses import backends
-from losses.cells import Bounds, Group, groups, next_labels
+from losses.cells import Bounds, Group, grouping, groups, next_labels
 from losses.options import TransducerLossOptions
 from losses.shapes import Lengths
 from losses.sizes import Sizes, default_sizes, filled, rows_in
@@ -151,13 +151,27 @@ class Joint:
     def groups(self) -> Iterator[Group]:
         """The batch in groups whose logits, all or those nearest the diagonal, fit the cache."""
         settings, device = self.settings, self.enc.device
-        most = min(self.rows.group, self.room or self.rows.group)
-        arguments = settings.lengths, self.frames, self.columns, settings.topology, most, self.room
+        arguments = settings.lengths, self.frames, self.columns, settings.topology, self._most_cells, self.room
         return groups(*arguments, device, settings.bounds)
+
+    @property
+    def _most_cells(self) -> int:
+        """Of a group."""
+        return min(self.rows.group, self.room or self.rows.group)
+
+    @cached_property
+    def _cache_rows(self) -> int:
+        """Cells that the largest group needs, in whole tiles: elsewhere than on CPU, memory that nothing is written to
+        is taken all the same."""
+        lengths, bounds = self.settings.lengths, self.settings.bounds
+        size = bounds.size if bounds else self.columns
+        found = grouping(lengths, self._most_cells, size)
+        cells = (sum(lengths.enc[b] * min(lengths.target[b] + 1, size) for b in numbers) for numbers in found)
+        return min(self.room, filled(max(cells, default=0), self.tile))
 
     def cache(self, number: int) -> Tensor:
         """[C, width], for the logits of the first cells of a group; one for each of the groups that are under way."""
-        return self.buffer(f"cache {number % self.slots}", self.width, self.room)
+        return self.buffer(f"cache {number % self.slots}", self.width, self._cache_rows)
 
     def start_log_probs(self, group: Group, cache: Tensor | None, kept: int, threads: int) -> LogProbs:
         """Begin to compute the log-probs of the group's cells.

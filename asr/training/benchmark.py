@@ -24,7 +24,7 @@ import torch
 from asr.cli.guard import Parser, guarded
 from asr.config import load_experiment
 from asr.data.batch import Batch
-from asr.data.tokenizer import BLANK, Tokenizer
+from asr.data.tokenizer import BLANK, SPACE, Tokenizer
 from asr.errors import UserError
 from asr.models.presets import PRESETS
 from asr.models.transducer import parameter_counts
@@ -126,11 +126,15 @@ def make_trainer(
     overrides: Sequence[str] = (),
     device: str = "cpu",
     ranks: Ranks | None = None,
+    longest_s: float = 1e6,
 ) -> Trainer:
-    """A trainer with random weights; out_dir stays empty but for the folder of its checkpoints."""
+    """A trainer with random weights; out_dir stays empty but for the folder of its checkpoints.
+
+    longest_s: the one cut of its data, by which a limit of memory is planned.
+    """
     settings = [f"model.preset={preset}", f"training.precision={precision}", *overrides]
-    tokenizer = Tokenizer("word", [BLANK, *(f"token{i}" for i in range(1, vocab_size))])
-    cuts = [SimpleNamespace(duration=1e6, supervisions=[])]
+    tokenizer = Tokenizer("word", [BLANK, *(f"{SPACE}token{i}" for i in range(1, vocab_size))])
+    cuts = [SimpleNamespace(duration=longest_s, supervisions=[SimpleNamespace(text=" ".join(["token1"] * 40))])]
     data = TrainData(cuts, cuts, tokenizer)
     return Trainer(load_experiment(overrides=settings), data, out_dir, device, ranks=ranks)
 

@@ -130,7 +130,8 @@ def test_memory_limit_is_kept(share: float, tmp_path: Path) -> None:
     settings = [*NO_DROPOUT, "data.max_duration_s=300"]
 
     def peak(*more: str) -> float:
-        trainer = preset_trainer("s", "bf16", 500, tmp_path / f"{share}-{len(more)}", [*settings, *more], "cuda")
+        out = tmp_path / f"{share}-{len(more)}"
+        trainer = preset_trainer("s", "bf16", 500, out, [*settings, *more], "cuda", longest_s=11.0)
         trainer.model.train()
         bad = BadBatches(tmp_path / "bad", 0, 0, lambda **_: None, print)
         trainer.step([batch], bad)

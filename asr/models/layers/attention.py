@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from asr.models.layers.rotary import apply_rotary
+
+# Not cuDNN's, torch's first choice on Hopper GPUs: with a mask, its backward pass gives NaN where all scores of a query
+# are far below 0 and T % 128 is 64 (pytorch/pytorch issue 196678; two of 1963 steps of preset m on fsdd on an H100).
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Positions:
@@ -76,7 +82,8 @@ def attend(qkv: Tensor, positions: Positions) -> Tensor:
         bias = positions.bias(qkv.shape[3], qkv.dtype)
         return _TrainingAttention.apply(qkv, bias, *positions.tables(qkv.dtype))  # type: ignore[no-any-return]
     q, k = apply_rotary(qkv[:, :, :2], positions.cos, positions.sin).permute(2, 0, 3, 1, 4).unbind(0)
-    y = F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2), attn_mask=positions.mask)
+    with sdpa_kernel(_KERNELS) if qkv.is_cuda else contextlib.nullcontext():
+        y = F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2), attn_mask=positions.mask)
     return y.transpose(1, 2).flatten(2)
 
 

@@ -1,0 +1,32 @@
+"""Attention on CUDA gives the gradients of the CPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from asr.models.layers.attention import Positions, attend
+
+
+@pytest.mark.parametrize("frames", [64, 100, 128, 192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scores_far_below_zero_have_finite_gradients(frames: int, dtype: torch.dtype) -> None:
+    """A kernel that pads keys with scores of 0 overflows where all scores of a query are about -120."""
+    generator = torch.Generator().manual_seed(frames)
+    qkv = torch.randn(2, frames, 3, 4, 64, generator=generator) * 0.1
+    qkv[:, :, 0, :, 0], qkv[:, :, 1, :, 0] = 1.0, -120 * math.sqrt(64)
+    upstream = torch.randn(2, frames, 256, generator=generator)
+    mask = torch.ones(2, 1, frames, frames, dtype=torch.bool).tril()
+    angles = torch.zeros(frames, 32)
+    gradients = []
+    for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
+        own = qkv.to(device, kind).requires_grad_()
+        positions = Positions(mask.to(device), angles.cos().to(device), angles.sin().to(device))
+        (attend(own, positions) * upstream.to(device, kind)).sum().backward()
+        gradients.append(own.grad.float().cpu())
+    here, there = gradients
+    assert there.isfinite().all()
+    if dtype == torch.float32:
+        torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-4 * float(here.abs().max()))

@@ -22,7 +22,7 @@ def test_scores_far_below_zero_have_finite_gradients(frames: int, dtype: torch.d
     angles = torch.zeros(frames, 32)
     gradients = []
     for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
-        own = qkv.to(device, kind).requires_grad_()
+        own = qkv.detach().to(device, kind).requires_grad_()
         positions = Positions(mask.to(device), angles.cos().to(device), angles.sin().to(device))
         (attend(own, positions) * upstream.to(device, kind)).sum().backward()
         gradients.append(own.grad.float().cpu())

@@ -11,13 +11,14 @@ TORCHAUDIO := $(VENV)/torchaudio
 TORCHAUDIO_PINS := torch==2.11.0 torchaudio==2.11.0
 TORCHAUDIO_STAMP := $(TORCHAUDIO)/.stamp-$(shell (echo $(TORCHAUDIO_PINS); cat pyproject.toml constraints.txt; $(PYTHON) --version) | sha256sum | cut -c1-16)
 
-.PHONY: help setup demo test test-all test-torchaudio lint types clean
+.PHONY: help setup demo test test-all test-torchaudio test-cuda lint types clean
 
 help:
 	@echo "make demo      speak, train, decode and score the embedded corpus (egs/synth)"
 	@echo "make test      the fast tests"
 	@echo "make test-all  all tests"
 	@echo "make test-torchaudio  the tests of the losses beside torchaudio, in an environment of its own (4.7 GB)"
+	@echo "make test-cuda  the tests that need a CUDA device, with the python3 of the shell: a torch built for CUDA"
 	@echo "make lint      ruff"
 	@echo "make types     mypy"
 	@echo "make clean     remove .venv (experiments under egs/*/exp stay)"
@@ -41,6 +42,11 @@ test-all: setup
 
 test-torchaudio: $(TORCHAUDIO_STAMP)
 	$(TORCHAUDIO)/bin/python -m pytest -q tests/losses
+
+# in whatever environment has a torch for the device: .venv may hold the build for CPU
+test-cuda:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "error: $(PYTHON) has no torch that sees a CUDA device")'
+	$(PYTHON) -m pytest -q tests/cuda
 
 $(TORCHAUDIO_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(TORCHAUDIO)

@@ -248,10 +248,13 @@ class StreamingRecognizer:
             stream.frames += count
             stream._open.score += score
             if self._at_endpoint(stream):
+                said = bool(stream._open.tokens)
                 stream._close()
-                # the encoder goes on hearing, as device runtimes do; the search forgets what was said
-                slot = stream._slot
-                _map(lambda old, new, slot=slot: old[slot : slot + 1].copy_(new), self._states[1], self._fresh[1])
+                # as device runtimes do: the encoder goes on hearing, the last tokens are the context of the next ones,
+                # and only a segment without text makes the search forget
+                if not said:
+                    slot = stream._slot
+                    _map(lambda old, new, slot=slot: old[slot : slot + 1].copy_(new), self._states[1], self._fresh[1])
             elif self._too_long(stream):
                 stream._cut()  # in the midst of speech: the search goes on
 

@@ -77,7 +77,8 @@ def hear_streams(
 ) -> list[list[Heard]]:
     """Greedy search over streams, chunk by chunk, each of padded waveforms that follow one another.
 
-    After each part the search forgets what was said, and the encoder does not, as at an endpoint.
+    What comes between parts is an endpoint, as ``StreamingRecognizer`` has it: nothing is forgotten, but the context of
+    the search where nothing was said.
 
     Args:
         loaded: model and configuration.
@@ -114,7 +115,10 @@ def _hear_batch(loaded: Loaded, listeners: Sequence[_Listener], chunk: Context) 
     while True:
         for row, one in enumerate(listeners):
             if not one.can_step(reads) and len(one.heard) < len(one.parts):
+                said = bool(one.heard[-1].tokens)
                 one.hear_next_part()
+                if said:
+                    continue
                 rows = torch.tensor([row])
                 predictor = replace_rows(search.predictor, rows, fresh.predictor)
                 search = GreedyState(predictor, search.pred_p.index_copy(0, rows, fresh.pred_p))

@@ -241,8 +241,8 @@ def test_a_long_stretch_is_cut_between_words(spelt: list[str], frames: list[int]
 
 
 @pytest.mark.parametrize("rule", ["silence_after_text_s=0.2", "max_segment_s=0.96"])
-def test_the_predictor_forgets_at_an_endpoint_and_the_encoder_does_not(rule: str) -> None:
-    """In the midst of speech, where a segment is too long, neither does."""
+def test_neither_encoder_nor_predictor_forgets_at_an_endpoint_after_text(rule: str) -> None:
+    """As in device runtimes, and as where a segment is too long, in the midst of speech."""
     config = experiment(320, 640, f"decoding.endpoint.{rule}")
     sound = bursts(40000, seed=5)
     network = make_model(blank_bias=3.0)  # with pauses
@@ -256,18 +256,28 @@ def test_the_predictor_forgets_at_an_endpoint_and_the_encoder_does_not(rule: str
     features = torch.from_numpy(fbank.extract(pad_tail(sound, config.data.features)))
     with torch.inference_mode():
         enc, _ = network.encode(features[None], torch.tensor([len(features)]), *config.decoding.context)
-    ends = [0, enc.shape[1]]
-    if rule.startswith("silence"):
-        ends = [0, *(frames_of(part.end_s) for part in stream.segments), enc.shape[1]]
-    expected = []
-    for start, end in pairwise(ends):
-        part = enc[:, start:end]
-        (found,) = greedy(network, part, torch.tensor([part.shape[1]]), config.decoding)
-        expected += [(token, start + frame) for token, frame in zip(found.tokens, found.frames, strict=True)]
+        (found,) = greedy(network, enc, torch.tensor([enc.shape[1]]), config.decoding)
+    expected = list(zip(found.tokens, found.frames, strict=True))
     said = [
         pair for part in stream.segments for pair in zip(part.hypothesis.tokens, part.hypothesis.frames, strict=True)
     ]
     assert said == expected and len(stream.segments) > 1
+
+
+def test_the_predictor_forgets_at_an_endpoint_without_text() -> None:
+    config = experiment(320, 640, "decoding.endpoint.silence_s=0.64")
+    listening = StreamingRecognizer(make_model(blank_bias=100.0), tokenizer(), config)
+    stream = listening.open()
+    context = listening._states[1].predictor[0]
+    with torch.inference_mode():
+        context[stream._slot] = 1
+    forgot = []
+    for piece in np.split(bursts(16000, seed=5), 10):
+        stream.accept(piece)
+        listening.advance([stream])
+        now = listening._states[1].predictor[0][stream._slot]
+        forgot.append(torch.equal(now, listening._fresh[1].predictor[0][0]))
+    assert not forgot[0] and forgot[-1] and not stream.segments
 
 
 def test_words_and_their_times() -> None:

@@ -20,7 +20,7 @@ from recipes.corpora import CORPORA
 from recipes.engine import StageStopped
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = "download, prepare, features, tokenizer, train, average, decode"
+STAGES = "download, prepare, features, tokenizer, train, average, decode, export, verify"
 # Options that choose what happens this time only; they are left out of the command that continues a run.
 _ONE_TIME = {"--stage": 1, "--stop-stage": 1, "--dry-run": 0, "--force": 0}
 
@@ -100,7 +100,7 @@ def make_parser(corpus: str) -> Parser:
     )
     add = parser.add_argument
     add("--stage", default="0", metavar="STAGE", help="first stage, a number or a name")
-    add("--stop-stage", default="decode", metavar="STAGE", help="last stage, a number or a name")
+    add("--stop-stage", default="verify", metavar="STAGE", help="last stage, a number or a name")
     add("--dry-run", action="store_true", help="print which stages would run and why, and do nothing")
     add("--force", action="store_true", help="run the chosen stages even if they are up to date")
     add("--exp-dir", type=Path, default=default_exp_dir(corpus), metavar="DIR", help="where everything is written")
@@ -181,7 +181,7 @@ def _run(argv: Sequence[str]) -> int:
     except StageStopped as stopped:
         print(stopped, flush=True)
         return 0
-    if pipeline.stages[selected[-1]].name == "decode":
+    if pipeline.stages[selected[-1]].name in ("decode", "verify"):
         print_result(recipe)
     return 0
 

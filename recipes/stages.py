@@ -8,6 +8,8 @@ Layout of an experiment folder::
     train/checkpoints/  train/best.pt  train/metrics.jsonl  train/report.html                    train
     train/average.pt                                                                             average
     decode/<search>/{recogs,errs,wer-summary}-test.txt                                           decode
+    export/<target>-<chunk>/                                                                     export
+    verify/<target>-<chunk>/verify.{json,html}                                                   verify
 
 Two seeds: ``--seed`` is ``Experiment.seed`` and belongs to the training alone. ``--data-seed`` (0 unless given) makes
 the prepared data and its stored augmentation, so that trainings with several seeds are tested on the same list.
@@ -28,6 +30,9 @@ from asr.data.bad_rows import BadRow, report_bad_rows
 from asr.data.manifests import load_cuts, save_cuts
 from asr.device import resolve_device
 from asr.errors import Terminated, UserError
+from asr.export import TARGETS
+from asr.export.config import ExportConfig
+from asr.models.context import Milliseconds
 from asr.training.launch import Nodes, check_processes
 from recipes.corpora import CORPORA, Corpus
 from recipes.engine import DONE_DIR, Pipeline, Stage, StageStopped, write_atomic
@@ -35,6 +40,8 @@ from recipes.launch import average_on_processes, decode_on_processes, train_on_p
 
 if TYPE_CHECKING:
     from lhotse import CutSet
+
+    from asr.checkpoint import Loaded
 
 SPLITS = ("train", "valid", "test")
 CORPUS_FILE = "data/corpus.json"
@@ -203,8 +210,75 @@ def run_decode(recipe: Recipe) -> None:
     write_report(recipe.path("train"))
 
 
+def export_names(config: ExportConfig) -> dict[str, tuple[str, Milliseconds]]:
+    """Folder name of each export: its target and chunk."""
+    return {
+        f"{target}-{chunk if chunk == 'full' else f'{chunk}ms'}": (target, chunk)
+        for target in config.targets
+        for chunk in config.chunk_ms
+    }
+
+
+def _exported(recipe: Recipe) -> Loaded:
+    """The averaged model with the recipe's settings of the export."""
+    from asr.decoding.load import load_for_decoding
+
+    loaded = load_for_decoding(recipe.path("train/average.pt"), "cpu")
+    return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, export=recipe.experiment.export))
+
+
+def run_export(recipe: Recipe) -> None:
+    """Writes files for devices, a folder for each target and chunk; int8 is chosen on validation cuts."""
+    from asr.export.export import check_target, export
+    from asr.export.spec import read_spec
+
+    config = recipe.experiment.export
+    if not config.targets:
+        print(f"  nothing: choose with --set 'export.targets=[{', '.join(TARGETS)}]'", flush=True)
+        return
+    loaded, development = _exported(recipe), recipe.cuts("valid", features=False)
+    wanted = {
+        name: (target, read_spec(config, str(chunk), development=development))
+        for name, (target, chunk) in export_names(config).items()
+    }
+    for target, spec in wanted.values():  # all that can be refused, before the first is written
+        check_target(target, loaded, spec)
+    for name, (target, spec) in wanted.items():
+        folder = recipe.path(f"export/{name}")
+        manifest = export(loaded, recipe.path("train/average.pt"), target, folder, spec)
+        for precision, files in manifest.files.items():
+            size = sum((folder / file).stat().st_size for file in files.values())
+            print(f"  {name}, {precision}: {size / 1e6:.2f} MB", flush=True)
+
+
+def run_verify(recipe: Recipe) -> None:
+    """Runs the exported files in their runtimes on the test recordings; they must hear what the model hears."""
+    from asr.export.report import write_report
+    from asr.export.verify import verify
+
+    config = recipe.experiment.export
+    if not config.targets:
+        print("  nothing was exported", flush=True)
+        return
+    loaded, cuts = _exported(recipe), recipe.cuts("test", features=False)
+    failed = []
+    for name in export_names(config):
+        folder, checkpoint = recipe.path(f"export/{name}"), recipe.path("train/average.pt")
+        report = verify(loaded, checkpoint, folder, cuts, max_wer_increase=config.max_wer_increase)
+        write_report(report, recipe.path(f"verify/{name}"))
+        for one in report.precisions:
+            verdict = "as PyTorch" if one.ok else f"FAILS: {one.reason}"
+            print(f"  {name}, {one.precision}: {one.words}, {one.step_ms_median:.1f} ms a chunk, {verdict}", flush=True)
+            failed += [] if one.ok else [f"{name}, {one.precision}: {one.reason}"]
+    if failed:
+        raise UserError(f"exported files do not hear what the model hears: {'; '.join(failed)}; see EXP/verify")
+
+
 def print_result(recipe: Recipe) -> None:
     """Where the results are; the last line is the test result of the chosen search."""
+    for name in export_names(recipe.experiment.export):
+        if (proof := recipe.path(f"verify/{name}/verify.html")).is_file():
+            print(f"export: {recipe.path(f'export/{name}')}, proof: {proof}")
     print(f"report: {recipe.path('train/report.html')}")
     print(f"checkpoint: {recipe.path('train/average.pt')}")
     for search in searches(recipe.experiment):
@@ -230,6 +304,7 @@ def stages(experiment: Experiment) -> list[Stage]:
         for search in searches(experiment)
         for part in ("recogs-test.txt", "errs-test.txt", "wer-summary-test.txt", "score-test.json")
     )
+    exports = export_names(experiment.export)
     checks = ("experiment.data.strict", "experiment.data.max_bad_fraction")
     tokens = ("tokenizer/tokenizer.json",)
     training = ("seed", "data", "model", "loss", "optim", "training")
@@ -276,6 +351,20 @@ def stages(experiment: Experiment) -> list[Stage]:
             ("experiment.average",),
         ),
         Stage("decode", run_decode, ("train/average.pt", manifests[2]), results, ("experiment.decoding",)),
+        Stage(
+            "export",
+            run_export,
+            ("train/average.pt", cuts[1]),
+            tuple(f"export/{name}" for name in exports),
+            ("experiment.export",),
+        ),
+        Stage(
+            "verify",
+            run_verify,
+            ("train/average.pt", cuts[2], *(f"export/{name}" for name in exports)),
+            tuple(f"verify/{name}/verify.{kind}" for name in exports for kind in ("json", "html")),
+            ("experiment.export",),
+        ),
     ]
 
 

@@ -234,8 +234,10 @@ class Recognizer:
         stream.num_frames += len(frames)
 
     def reset(self, stream: Stream) -> None:
-        """As at an endpoint: the text starts anew, the sound goes on. The last tokens stay the context of the next ones,
-        unless there were none, as in sherpa-onnx."""
+        """As at an endpoint: the text starts anew, the sound goes on.
+
+        The last tokens stay the context of those that follow, unless there were none, as in sherpa-onnx.
+        """
         if not stream.tokens:
             stream.context, stream.decoder_out = self.first_context(), self.first_decoder_out
         stream.tokens, stream.frames, stream.confidences = [], [], []

@@ -21,7 +21,7 @@ from recipes.engine import Pipeline
 from recipes.stages import make_recipe
 from tests.integration.tiny import write_config, write_corpus
 
-STAGES = ["download", "prepare", "features", "tokenizer", "train", "average", "decode"]
+STAGES = ["download", "prepare", "features", "tokenizer", "train", "average", "decode", "export", "verify"]
 
 
 def _pipeline(exp_dir: Path, *words: str, corpus: str = "yesno") -> Pipeline:
@@ -32,16 +32,19 @@ def _pipeline(exp_dir: Path, *words: str, corpus: str = "yesno") -> Pipeline:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--seed", "1"], ["train", "average", "decode"]),
-        (["--data-seed", "1"], ["prepare", "features", "tokenizer", "train", "average", "decode"]),
-        (["--num-recombined", "7"], ["prepare", "features", "tokenizer", "train", "average", "decode"]),
-        (["--set", "data.features.tail_chunk_ms=640"], ["features", "train", "average", "decode"]),
-        (["--set", "data.augment.noise_prob=0.9"], ["features", "train", "average", "decode"]),
-        (["--set", "tokenizer.kind=char"], ["tokenizer", "train", "average", "decode"]),
-        (["--set", "model.preset=xs"], ["train", "average", "decode"]),
-        (["--set", "optim.lr=0.5"], ["train", "average", "decode"]),
-        (["--set", "loss.fastemit_lambda=0.01"], ["train", "average", "decode"]),
-        (["--set", "average.ema=false"], ["average", "decode"]),
+        (["--seed", "1"], STAGES[4:]),
+        (["--data-seed", "1"], STAGES[1:]),
+        (
+            ["--num-recombined", "7"],
+            STAGES[1:],
+        ),
+        (["--set", "data.features.tail_chunk_ms=640"], ["features", "train", "average", "decode", "export", "verify"]),
+        (["--set", "data.augment.noise_prob=0.9"], ["features", "train", "average", "decode", "export", "verify"]),
+        (["--set", "tokenizer.kind=char"], ["tokenizer", "train", "average", "decode", "export", "verify"]),
+        (["--set", "model.preset=xs"], STAGES[4:]),
+        (["--set", "optim.lr=0.5"], STAGES[4:]),
+        (["--set", "loss.fastemit_lambda=0.01"], STAGES[4:]),
+        (["--set", "average.ema=false"], ["average", "decode", "export", "verify"]),
         (["--set", "decoding.beam=9"], ["decode"]),
         # speed and place, but not results
         (["--set", "data.num_workers=0"], []),
@@ -93,7 +96,7 @@ def test_every_recipe_has_the_same_stages_and_its_own_configuration(corpus: str,
 
 
 def test_two_searches_are_two_results(tmp_path: Path) -> None:
-    outputs = _pipeline(tmp_path, "--set", "decoding.search=modified_beam_search").stages[-1].outputs
+    outputs = _pipeline(tmp_path, "--set", "decoding.search=modified_beam_search").stages[6].outputs
     assert {path.split("/")[1] for path in outputs} == {"greedy", "modified_beam_search"}
     assert {path.split("/")[1] for path in _pipeline(tmp_path).stages[-1].outputs} == {"greedy"}
 
@@ -175,7 +178,7 @@ def test_a_recipe_runs_stops_goes_on_and_is_not_repeated(tiny: Tiny, monkeypatch
 
     # goes on from there to the result
     lines = tiny.run("--stage", "train")
-    assert _ran(lines) == ["train", "average", "decode"]
+    assert _ran(lines) == STAGES[4:]
     records = [json.loads(line) for line in (tiny.exp / "train" / "metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records if record["kind"] == "train"]
     assert steps == list(range(1, len(steps) + 1))
@@ -196,7 +199,7 @@ def test_a_recipe_runs_stops_goes_on_and_is_not_repeated(tiny: Tiny, monkeypatch
     # another seed: the same test list, and the first training is kept
     weights = tiny.digest("train/average.pt")
     lines = tiny.run("--seed", "5")
-    assert _ran(lines) == ["train", "average", "decode"]
+    assert _ran(lines) == STAGES[4:]
     assert tiny.digest("data/cuts_test.jsonl.gz") == test_list
     assert tiny.digest("train.old-1/average.pt") == weights != tiny.digest("train/average.pt")
 

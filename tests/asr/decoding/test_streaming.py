@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from asr.data.fbank import Fbank, pad_tail
 from asr.decoding import Hypothesis, greedy
 from asr.decoding.decode import decode_features
 from asr.decoding.streaming import Stream, StreamingRecognizer
-from asr.decoding.words import Word, frames_of, pause_between, timed_words
+from asr.decoding.words import Word, pause_between, timed_words
 from asr.errors import UserError
 from tests.asr.decoding.corpus import bursts, tokenizer
 from tests.asr.decoding.test_real_model import SETTINGS, make_model

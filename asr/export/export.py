@@ -68,7 +68,7 @@ def export(loaded: Loaded, checkpoint: Path, name: str, out: Path, spec: Spec) -
     )
 
     def fill(folder: Path) -> None:
-        manifest.files = module.write(loaded, folder, spec)
+        manifest.files, manifest.float_layers = module.write(loaded, folder, spec)
         manifest.save(folder)
 
     write_folder(out, fill)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from asr.checkpoint import Loaded
 from asr.export import onnx_runner
-from asr.export.spec import Spec
+from asr.export.spec import Spec, Written
 from asr.export.transducer_files import check_model, write_transducer
 from asr.models.context import Milliseconds
 
@@ -19,7 +19,7 @@ def check(loaded: Loaded, chunk_ms: Milliseconds) -> None:
     check_model(loaded, "onnx")
 
 
-def write(loaded: Loaded, folder: Path, spec: Spec) -> dict[str, dict[str, str]]:
-    """Writes the files into a folder; for each precision, the name of each part's file."""
+def write(loaded: Loaded, folder: Path, spec: Spec) -> Written:
+    """Writes the files into a folder."""
     shutil.copyfile(onnx_runner.__file__, folder / RUNNER)
     return write_transducer(loaded, folder, spec)

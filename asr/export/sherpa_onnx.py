@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from asr.checkpoint import Loaded
-from asr.export.spec import Spec
+from asr.export.spec import Spec, Written
 from asr.export.transducer_files import check_model, write_transducer
 from asr.models.context import Milliseconds
 
@@ -15,6 +15,6 @@ def check(loaded: Loaded, chunk_ms: Milliseconds) -> None:
     check_model(loaded, "sherpa-onnx")
 
 
-def write(loaded: Loaded, folder: Path, spec: Spec) -> dict[str, dict[str, str]]:
-    """Writes the files into a folder; for each precision, the name of each part's file."""
+def write(loaded: Loaded, folder: Path, spec: Spec) -> Written:
+    """Writes the files into a folder."""
     return write_transducer(loaded, folder, spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from asr.errors import UserError
 from asr.export.config import PRECISIONS, ExportConfig, Precision
@@ -30,6 +30,18 @@ class Spec:
     precisions: tuple[Precision, ...] = ("fp32",)
     development: CutSet | None = None
     max_wer_increase: float = 0.3
+
+
+class Written(NamedTuple):
+    """What a target wrote.
+
+    Args:
+        files: for each precision, the name of each part's file.
+        float_layers: for int8, weight matrices that stay in float.
+    """
+
+    files: dict[str, dict[str, str]]
+    float_layers: list[str] = []
 
 
 def read_spec(

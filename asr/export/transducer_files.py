@@ -22,7 +22,7 @@ from asr.export.modules import (
     geometry,
 )
 from asr.export.onnx_graph import onnx_graph
-from asr.export.spec import Spec
+from asr.export.spec import Spec, Written
 from asr.models.context import Milliseconds, context
 
 PARTS = ("encoder", "decoder", "joiner")
@@ -138,9 +138,11 @@ def write_tokens(tokenizer: Tokenizer, folder: Path) -> None:
         (folder / "bpe.vocab").write_text("".join(f"{name}\t{score:g}\n" for name, score in pieces), encoding="utf-8")
 
 
-def write_transducer(loaded: Loaded, folder: Path, spec: Spec) -> dict[str, dict[str, str]]:
-    """Writes tokens and graphs of each precision; for each precision, the name of each part's file."""
+def write_transducer(loaded: Loaded, folder: Path, spec: Spec) -> Written:
+    """Writes tokens and graphs of each precision."""
     import onnx
+
+    from asr.export.quantize import choose_int8, save_choice
 
     write_tokens(loaded.tokenizer, folder)
     graphs = {
@@ -148,7 +150,19 @@ def write_transducer(loaded: Loaded, folder: Path, spec: Spec) -> dict[str, dict
         "decoder": predictor_graph(loaded),
         "joiner": joiner_graph(loaded),
     }
-    files: dict[str, dict[str, str]] = {"fp32": {part: f"{part}.onnx" for part in PARTS}}
     for part, graph in graphs.items():
-        onnx.save(graph, folder / files["fp32"][part])
-    return files
+        onnx.save(graph, folder / f"{part}.onnx")
+    files = {"fp32": {part: f"{part}.onnx" for part in PARTS}}
+    if "int8" not in spec.precisions:
+        return Written(files)
+    chosen, choice = choose_int8(loaded, graphs, folder, spec)
+    save_choice(choice, folder)
+    files["int8"] = dict(files["fp32"])
+    for part, graph in chosen.items():
+        files["int8"][part] = f"{part}.int8.onnx"
+        onnx.save(graph, folder / files["int8"][part])
+    if "fp32" not in spec.precisions:
+        del files["fp32"]
+        for part in chosen:
+            (folder / f"{part}.onnx").unlink()
+    return Written(files, choice.float_layers)

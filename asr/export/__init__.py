@@ -14,6 +14,7 @@ class Target(NamedTuple):
         extra: of this distribution, which installs what it needs.
         packages: modules that writing and verifying import.
         streaming, offline: adapters of ``asr.export.runtimes.child`` that run the files; None where there are no such.
+        inside: the adapter that shows features and encoder output, where that is another one.
     """
 
     about: str
@@ -22,6 +23,7 @@ class Target(NamedTuple):
     packages: tuple[str, ...]
     streaming: str | None
     offline: str | None
+    inside: str | None
 
 
 TARGETS = {
@@ -32,6 +34,7 @@ TARGETS = {
         ("onnx", "onnxruntime", "sherpa_onnx"),
         "sherpa-onnx",
         "sherpa-onnx-offline",
+        "onnx",
     ),
     "onnx": Target(
         "the same files with run.py, which needs numpy, kaldi-native-fbank and onnxruntime only",
@@ -40,5 +43,6 @@ TARGETS = {
         ("onnx", "onnxruntime"),
         "onnx",
         "onnx",
+        None,
     ),
 }

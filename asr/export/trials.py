@@ -35,7 +35,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class Trials:
-    """Waveforms, padded as devices must be given them; what they are; trials by name.
+    """Waveforms, padded as devices must be given them; what they are; trials by name; how many of them, the first ones,
+    are recordings.
 
     "alone" has one stream for each recording, and is the one that is timed and scored.
     """
@@ -43,6 +44,7 @@ class Trials:
     waveforms: list[np.ndarray]
     names: list[str]
     trials: dict[str, Trial]
+    recordings: int
 
 
 def make_trials(samples: Sequence[np.ndarray], names: Sequence[str], chunk_ms: Milliseconds, seed: int = 0) -> Trials:
@@ -68,7 +70,7 @@ def make_trials(samples: Sequence[np.ndarray], names: Sequence[str], chunk_ms: M
         trials["pieces"] = Trial([[(number, _pieces(len(waveforms[number]), random_))] for number in some[:PIECES]])
         trials["streams"] = Trial(together, stagger=1)
         trials["after an endpoint"] = Trial([[(a, []), (b, [])] for a, b in pairs], stagger=0)
-    return Trials(waveforms, [*names, "3 s of silence", "one sample", "nothing"], trials)
+    return Trials(waveforms, [*names, "3 s of silence", "one sample", "nothing"], trials, count)
 
 
 def _pieces(length: int, random_: random.Random, longest: int = 8000) -> list[int]:

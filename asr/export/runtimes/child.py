@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -52,12 +51,13 @@ class Adapter(Protocol):
 
 
 def memory_mib() -> dict[str, float]:
-    """Resident memory of this process now, and its highest."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
-    return {
-        "now": pages * resource.getpagesize() / 2**20,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
-    }
+    """Resident memory of this process now, and its highest; 0 where there is no /proc."""
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return {"now": 0.0, "peak": 0.0}
+    # not getrusage: its highest value counts the process that started this one
+    sizes = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("Vm"))
+    return {"now": int(sizes["VmRSS"].split()[0]) / 2**10, "peak": int(sizes["VmHWM"].split()[0]) / 2**10}
 
 
 def run_trial(adapter: Adapter, trial: dict[str, Any], waveforms: list[np.ndarray]) -> dict[str, Any]:

@@ -11,13 +11,16 @@ import onnxruntime
 
 
 class Runner:
-    """``run.py`` of the export's own folder."""
+    """``run.py`` of the export's own folder; where there is none, the file that it would be a copy of."""
 
     def __init__(self, folder: Path, precision: str, options: dict[str, Any]):
         self.version = onnxruntime.__version__
-        spec = importlib.util.spec_from_file_location("exported_runner", folder / "run.py")
+        program = folder / "run.py"
+        if not program.is_file():
+            program = Path(__file__).resolve().parent.parent / "onnx_runner.py"
+        spec = importlib.util.spec_from_file_location("exported_runner", program)
         if spec is None or spec.loader is None:
-            raise RuntimeError(f"{folder / 'run.py'} is no program")
+            raise RuntimeError(f"{program} is no program")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         self._recognizer = module.Recognizer(folder, precision, options.get("threads", 1))

@@ -10,7 +10,7 @@ class Target(NamedTuple):
 
     Args:
         about: one line for users.
-        module: has ``check(loaded, chunk_ms)`` and ``write(loaded, folder, spec)``.
+        module: has ``check(loaded, spec)`` and ``write(loaded, folder, spec)``.
         extra: of this distribution, which installs what it needs.
         packages: modules that writing and verifying import.
         streaming, offline: adapters of ``asr.export.runtimes.child`` that run the files; None where there are no such.
@@ -43,6 +43,15 @@ TARGETS = {
         ("onnx", "onnxruntime"),
         "onnx",
         "onnx",
+        None,
+    ),
+    "torch.export": Target(
+        "programs for torch on servers, any number of streams at once",
+        "asr.export.torch_export",
+        "",
+        (),
+        "torch.export",
+        "torch.export",
         None,
     ),
 }

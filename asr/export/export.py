@@ -34,7 +34,7 @@ def check_target(name: str, loaded: Loaded, spec: Spec) -> Any:
         kind = "streams: set a chunk in ms" if spec.chunk_ms == "full" else "whole utterances: set export.chunk_ms=full"
         raise UserError(f"{name} holds only {kind}, not chunk_ms={spec.chunk_ms}")
     module = importlib.import_module(target.module)
-    module.check(loaded, spec.chunk_ms)
+    module.check(loaded, spec)
     return module
 
 

@@ -6,6 +6,8 @@ a file computes what decoding computes.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -58,6 +60,13 @@ def geometry(model: Transducer, chunk_frames: int, left_frames: int) -> Geometry
         model.config.num_mel_bins,
         model.config.joiner.dim,
     )
+
+
+def write_geometry(sizes: Geometry, context_size: int, folder: Path) -> None:
+    """Writes geometry.json, by which runners make the first state of a stream; chunk_frames is 0 for whole
+    utterances."""
+    text = json.dumps({**sizes._asdict(), "context_size": context_size}, indent=1)
+    (folder / "geometry.json").write_text(text + "\n", encoding="utf-8")
 
 
 class StreamingEncoder(nn.Module):

@@ -9,12 +9,11 @@ from asr.checkpoint import Loaded
 from asr.export import onnx_runner
 from asr.export.spec import Spec, Written
 from asr.export.transducer_files import check_model, write_transducer
-from asr.models.context import Milliseconds
 
 RUNNER = "run.py"
 
 
-def check(loaded: Loaded, chunk_ms: Milliseconds) -> None:
+def check(loaded: Loaded, spec: Spec) -> None:
     """Raises UserError for a model that the files cannot hold."""
     check_model(loaded, "onnx")
 

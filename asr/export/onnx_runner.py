@@ -25,7 +25,6 @@ from typing import Any
 
 import kaldi_native_fbank
 import numpy as np
-import onnxruntime
 
 SAMPLE_RATE_HZ = 16000
 FRAME_SHIFT_SAMPLES = 160
@@ -139,8 +138,22 @@ class Recognizer:
         num_threads: of onnxruntime.
     """
 
+    cache_axis = 2
+    """Of the streams in the encoder's caches."""
+
     def __init__(self, folder: str | Path, precision: str = "fp32", num_threads: int = 1):
         folder = Path(folder)
+        self.num_bins = self._context_size = 0
+        self.chunk_frames: int | None = None
+        self._load(folder, precision, num_threads)
+        lines = (folder / "tokens.txt").read_text(encoding="utf-8").splitlines()
+        self.symbols = [line.rsplit(" ", 1)[0] for line in lines]
+        self.first_decoder_out = self._predict(self.first_context()[None])[0]
+
+    def _load(self, folder: Path, precision: str, num_threads: int) -> None:
+        """Load the parts, and set ``num_bins``, ``chunk_frames`` (None for whole utterances) and the context's size."""
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.inter_op_num_threads = 1
@@ -156,9 +169,28 @@ class Recognizer:
         self.chunk_frames = int(about["decode_chunk_len"]) // SUBSAMPLING if "decode_chunk_len" in about else None
         self._about = about
         self._context_size = int(self._decoder.get_modelmeta().custom_metadata_map["context_size"])
-        lines = (folder / "tokens.txt").read_text(encoding="utf-8").splitlines()
-        self.symbols = [line.rsplit(" ", 1)[0] for line in lines]
-        self.first_decoder_out = self._decoder.run(None, {"y": self.first_context()[None]})[0][0]
+
+    def _step(
+        self, features: np.ndarray, caches: list[np.ndarray], num_frames: np.ndarray
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Features [N, 4 C + 3, F], caches and encoder frames so far [N] to projected frames [N, C, J] and caches."""
+        names = [entry.name for entry in self._inputs]
+        values = [features, *caches, SUBSAMPLING * num_frames]
+        out, *after = self._encoder.run(None, dict(zip(names, values, strict=True)))
+        return out, after
+
+    def _whole(self, features: np.ndarray, lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Features [N, T, F] and their lengths to projected frames [N, T', J] and theirs."""
+        out, out_lens = self._encoder.run(None, {"x": features, "x_lens": lens})
+        return out, out_lens
+
+    def _predict(self, contexts: np.ndarray) -> np.ndarray:
+        """The last tokens [N, context size] to predictor output [N, J]."""
+        return self._decoder.run(None, {"y": contexts})[0]  # type: ignore[no-any-return]
+
+    def _join(self, encoder_out: np.ndarray, decoder_out: np.ndarray) -> np.ndarray:
+        """[N, J] of both to logits [N, V]."""
+        return self._joiner.run(None, {"encoder_out": encoder_out, "decoder_out": decoder_out})[0]  # type: ignore[no-any-return]
 
     def open(self) -> Stream:
         """A stream that has heard nothing yet."""
@@ -199,16 +231,16 @@ class Recognizer:
             padded = np.zeros((len(features), max(lens), self.num_bins), dtype=np.float32)
             for row, x in zip(padded, features, strict=True):
                 row[: len(x)] = x
-            out, out_lens = self._encoder.run(None, {"x": padded, "x_lens": lens})
+            out, out_lens = self._whole(padded, lens)
             for stream in streams:
                 stream.caches = None
             return [row[:count] for row, count in zip(out, out_lens, strict=True)]
-        caches = [np.concatenate(parts, axis=2) for parts in zip(*(s.caches or [] for s in streams), strict=True)]
-        names = [entry.name for entry in self._inputs]
-        values = [np.stack(features), *caches, np.array([4 * s.num_frames for s in streams], dtype=np.int64)]
-        out, *after = self._encoder.run(None, dict(zip(names, values, strict=True)))
+        axis = self.cache_axis
+        caches = [np.concatenate(parts, axis=axis) for parts in zip(*(s.caches or [] for s in streams), strict=True)]
+        counts = np.array([stream.num_frames for stream in streams], dtype=np.int64)
+        out, after = self._step(np.stack(features), caches, counts)
         for index, stream in enumerate(streams):
-            stream.caches = [cache[:, :, index : index + 1] for cache in after]
+            stream.caches = [cache.take([index], axis) for cache in after]
         return list(out)
 
     def _search(self, stream: Stream, frames: np.ndarray) -> None:
@@ -217,7 +249,7 @@ class Recognizer:
         while at < len(frames):
             rest = frames[at:]
             repeated = np.repeat(stream.decoder_out[None], len(rest), axis=0)
-            logits = self._joiner.run(None, {"encoder_out": rest, "decoder_out": repeated})[0]
+            logits = self._join(rest, repeated)
             best = logits.argmax(1)
             emits = np.flatnonzero(best != BLANK)
             if not len(emits):
@@ -229,7 +261,7 @@ class Recognizer:
             stream.frames.append(stream.num_frames + at + first)
             stream.confidences.append(float(1 / np.exp(row - row[token]).sum()))
             stream.context = np.append(stream.context[1:], token)
-            stream.decoder_out = self._decoder.run(None, {"y": stream.context[None]})[0][0]
+            stream.decoder_out = self._predict(stream.context[None])[0]
             at += first + 1
         stream.num_frames += len(frames)
 

@@ -210,8 +210,7 @@ class _Development:
 
     def _distribution(self, frames: list[np.ndarray]) -> np.ndarray:
         """Log-probabilities [T, V] of the next token, float64."""
-        feeds = {"encoder_out": np.concatenate(frames), "decoder_out": self._context}
-        logits = self.recognizer._joiner.run(None, feeds)[0].astype(np.float64)
+        logits = self.recognizer._join(np.concatenate(frames), self._context).astype(np.float64)
         logits -= logits.max(1, keepdims=True)
         return logits - np.log(np.exp(logits).sum(1, keepdims=True))
 

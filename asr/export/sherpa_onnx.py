@@ -7,10 +7,9 @@ from pathlib import Path
 from asr.checkpoint import Loaded
 from asr.export.spec import Spec, Written
 from asr.export.transducer_files import check_model, write_transducer
-from asr.models.context import Milliseconds
 
 
-def check(loaded: Loaded, chunk_ms: Milliseconds) -> None:
+def check(loaded: Loaded, spec: Spec) -> None:
     """Raises UserError for a model that sherpa-onnx cannot hold."""
     check_model(loaded, "sherpa-onnx")
 

@@ -45,6 +45,15 @@ TARGETS = {
         "onnx",
         None,
     ),
+    "executorch": Target(
+        "programs for phones and boards, on XNNPACK, in fp32 and int8; streams",
+        "asr.export.executorch_files",
+        "executorch",
+        ("executorch", "torchao"),
+        "executorch",
+        None,
+        None,
+    ),
     "torch.export": Target(
         "programs for torch on servers, any number of streams at once",
         "asr.export.torch_export",

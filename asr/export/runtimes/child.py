@@ -20,6 +20,7 @@ ADAPTERS = {
     "sherpa-onnx": "sherpa:Online",
     "sherpa-onnx-offline": "sherpa:Offline",
     "onnx": "runner:Runner",
+    "executorch": "executorch_program:Programs",
     "torch.export": "torch_program:Programs",
 }
 """Class by name, in a module beside this file: made of folder, precision, and a dict of options."""

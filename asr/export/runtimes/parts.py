@@ -71,6 +71,8 @@ class Parts(Recognizing):
     suffix: str
     at_once: int | None = None
     """Most streams in a call; None for any number."""
+    counter: type = np.int64
+    """Of the state's count of frames."""
 
     def __init__(self, folder: Path, precision: str, options: dict[str, Any]):
         adapter = self
@@ -96,7 +98,7 @@ class Parts(Recognizing):
                 if not self.chunk_frames:
                     return []
                 caches = [np.zeros((1, blocks, length, dim), dtype=np.float32) for length in lengths]
-                return [*caches, np.zeros(1, dtype=np.int64)]
+                return [*caches, np.zeros(1, dtype=adapter.counter)]
 
             def _step(
                 self, features: np.ndarray, caches: list[np.ndarray], num_frames: np.ndarray

@@ -1,0 +1,107 @@
+"""Target "executorch": .pte programs for phones and boards, on XNNPACK; one stream a call.
+
+encoder.pte has the state of the stream as its inputs and results, in the order of ``StreamingEncoder``, the count of
+frames as a float; decoder.pte is the predictor. All sizes are fixed. In int8, weights of linear layers have 8 bits,
+with a scale for each output, and their inputs are rounded to 8 bits as they come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from asr.checkpoint import Loaded
+from asr.export.modules import JoinerLogits, Predictor, write_geometry
+from asr.export.spec import Spec, Written
+from asr.export.torch_export import encoder_inputs
+from asr.export.transducer_files import PARTS, check_model, write_tokens
+
+FORWARD = "forward"
+"""The method of each program."""
+
+
+def check(loaded: Loaded, spec: Spec) -> None:
+    """Raises UserError for a model that the programs cannot hold."""
+    check_model(loaded, "executorch")
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what the packages say of themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def program(module: nn.Module, inputs: Sequence[Tensor], int8: bool) -> bytes:
+    """The content of a .pte file.
+
+    Args:
+        module: in evaluation mode.
+        inputs: examples; their sizes are the only ones that it takes.
+        int8: linear layers with weights of 8 bits.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
+        XnnpackDynamicallyQuantizedPartitioner,
+        XnnpackPartitioner,
+    )
+    from executorch.exir import to_edge_transform_and_lower
+
+    arguments = tuple(inputs)
+    partitioners = [XnnpackPartitioner()]
+    with _quietly(), torch.no_grad():
+        exported = torch.export.export(module.eval(), arguments, strict=False)
+        if int8:
+            exported = torch.export.export(_int8(exported.module(), arguments), arguments, strict=False)
+            partitioners.insert(0, XnnpackDynamicallyQuantizedPartitioner())
+        lowered = to_edge_transform_and_lower(exported, partitioner=partitioners)
+        return bytes(lowered.to_executorch().buffer)
+
+
+def _int8(module: nn.Module, arguments: tuple[Tensor, ...]) -> nn.Module:
+    """The exported module with its linear layers quantised."""
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    how = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
+    prepared = prepare_pt2e(module, XNNPACKQuantizer().set_module_type(nn.Linear, how))
+    prepared(*arguments)
+    found: nn.Module = convert_pt2e(prepared)
+    return found
+
+
+def write(loaded: Loaded, folder: Path, spec: Spec) -> Written:
+    """Writes the programs into a folder."""
+    model = loaded.model
+    encoder, inputs, sizes = encoder_inputs(loaded, spec, 1)
+    write_tokens(loaded.tokenizer, folder)
+    write_geometry(sizes, model.config.predictor.context_size, folder)
+    states = [torch.zeros(1, model.config.joiner.dim) for _ in range(2)]  # one tensor twice would be one input
+    parts: dict[str, tuple[nn.Module, list[Tensor]]] = {
+        # the count of frames as a float: quantised programs return whole numbers as floats
+        "encoder": (encoder, [*list(inputs.values())[:-1], torch.zeros(1)]),
+        "decoder": (Predictor(model), [torch.zeros(1, model.config.predictor.context_size, dtype=torch.int64)]),
+        "joiner": (JoinerLogits(model), states),
+    }
+    files: dict[str, dict[str, str]] = {}
+    for precision in spec.precisions:
+        infix = "" if precision == "fp32" else f".{precision}"
+        files[precision] = {part: f"{part}{infix}.pte" for part in PARTS}
+        for part, (module, arguments) in parts.items():
+            (folder / files[precision][part]).write_bytes(program(module, arguments, precision == "int8"))
+    return Written(files)

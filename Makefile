@@ -28,7 +28,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"error: Python {v[0]}.{v[1]} is too old; this project needs 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,synth]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,synth,export]'
 	@touch $@
 
 demo: setup

@@ -168,4 +168,5 @@ class JoinerLogits(nn.Module):
         self.joiner: Joiner = model.joiner
 
     def forward(self, encoder_out: Tensor, decoder_out: Tensor) -> Tensor:
-        return self.joiner.logits(encoder_out, decoder_out)
+        # of three axes: exporters make a product and a sum of that, whose weights can be int8, and one node of two axes
+        return self.joiner.logits(encoder_out[:, None], decoder_out[:, None])[:, 0]

@@ -240,6 +240,7 @@ CHANGED = [
     "memory={checkpointing: budget, activation_budget: 0.25, lower_after: 2, limit: 8GiB, offload: file}",
     "average={last: [], ema: false}",
     "decoding={max_symbols_per_frame: 3, chunk_ms: 320, left_context_ms: full}",
+    "export={targets: [onnx], precisions: [int8], chunk_ms: [640, full], left_context_ms: 2560, max_wer_increase: 1}",
 ]
 
 

@@ -114,7 +114,7 @@ def test_hotwords_of_sentencepiece_tokens(tmp_path: Path) -> None:
     loaded = load_for_decoding(tmp_path / "average.pt", "cpu")
     export(loaded, tmp_path / "average.pt", "sherpa-onnx", folder, Spec(320, 640))
     recognizer = online(
-        folder, max_active_paths=4, modeling_unit="bpe", bpe_vocab=str(folder / "bpe.vocab"), hotwords_score=9.0
+        folder, max_active_paths=40, modeling_unit="bpe", bpe_vocab=str(folder / "bpe.vocab"), hotwords_score=40.0
     )
     wanted = [tokenizer.symbols[token].replace("\u2581", " ") for token in tokenizer.encode("held world")]
     assert len(wanted) > 1

@@ -94,7 +94,7 @@ def write(loaded: Loaded, folder: Path, spec: Spec) -> Written:
     states = [torch.zeros(1, model.config.joiner.dim) for _ in range(2)]  # one tensor twice would be one input
     parts: dict[str, tuple[nn.Module, list[Tensor]]] = {
         # the count of frames as a float: quantised programs return whole numbers as floats
-        "encoder": (encoder, [*list(inputs.values())[:-1], torch.zeros(1)]),
+        "encoder": (encoder, list({**inputs, "frames": torch.zeros(1)}.values())),
         "decoder": (Predictor(model), [torch.zeros(1, model.config.predictor.context_size, dtype=torch.int64)]),
         "joiner": (JoinerLogits(model), states),
     }

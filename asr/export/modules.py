@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asr.models.encoders.conformer import Conformer, ConformerState
+from asr.models.encoders.conformer import BlockState, Conformer, ConformerState
 from asr.models.joiner import Joiner
 from asr.models.layers.subsampling import OVERLAP_FRAMES, SUBSAMPLING_FACTOR, subsampled_lens
 from asr.models.predictors import StatelessState
@@ -27,6 +27,7 @@ class Geometry(NamedTuple):
     chunk_frames: int
     left_frames: int
     num_layers: int
+    num_heads: int
     dim: int
     conv_kernel: int
     num_mel_bins: int
@@ -43,6 +44,11 @@ class Geometry(NamedTuple):
         return SUBSAMPLING_FACTOR * self.chunk_frames
 
     @property
+    def clock_size(self) -> int:
+        """Angles of a stream's clock."""
+        return self.dim // self.num_heads // 2
+
+    @property
     def conv_rows(self) -> int:
         """Frames that one of the two packed rows of a convolution's cache holds."""
         return self.conv_kernel // 2
@@ -55,6 +61,7 @@ def geometry(model: Transducer, chunk_frames: int, left_frames: int) -> Geometry
         chunk_frames,
         left_frames,
         encoder.num_layers,
+        encoder.num_heads,
         encoder.dim,
         encoder.conv_kernel,
         model.config.num_mel_bins,
@@ -73,8 +80,8 @@ class StreamingEncoder(nn.Module):
     """One chunk of each stream, with the joiner's projection of the encoder's output.
 
     Inputs are the features [N, 4 C + 3, F] and the tensors of a ``ConformerState`` by themselves, keys and values
-    [N, B, L, D] of B blocks, conv [N, B, K - 1, D], frames [N] int64; results are encoder_out [N, C, J] and the tensors
-    of the next state.
+    [N, B, L, D] of B blocks, conv [N, B, K - 1, D], frames [N] int64, clock [N, d / 2]; results are encoder_out
+    [N, C, J] and the tensors of the next state.
     """
 
     def __init__(self, model: Transducer):
@@ -83,9 +90,9 @@ class StreamingEncoder(nn.Module):
         self.joiner_proj = model.joiner.encoder_proj
 
     def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, conv: Tensor, frames: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        enc, state = self.encoder.step(x, ConformerState(keys, values, conv, frames))
+        self, x: Tensor, keys: Tensor, values: Tensor, conv: Tensor, frames: Tensor, clock: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        enc, state = self.encoder.step(x, ConformerState(keys, values, conv, frames, clock))
         return (self.joiner_proj(enc), *state)
 
 
@@ -94,9 +101,9 @@ class PackedStreamingEncoder(nn.Module):
 
     That runtime makes the first caches of zeros, of sizes that the metadata give, and hands each call's caches to the
     next; so they hold what we like. ``cached_attn`` [2 B + 1, L, N, D]: keys of the B blocks, values, and a row whose
-    every number is the count of frames so far, at most L. The runtime's own ``processed_lens`` starts at 0 again at an
-    endpoint while the caches stay, so it cannot say how much of them is speech. ``cached_conv`` [2 B + 1, H, N, D] with
-    H = K // 2: the caches of the convolutions, in two parts.
+    every frame holds the count of frames so far, at most L, and the clock. The runtime's own ``processed_lens`` starts
+    at 0 again at an endpoint while the caches stay, so it cannot say how much of them is speech. ``cached_conv``
+    [2 B + 1, H, N, D] with H = K // 2: the caches of the convolutions, in two parts.
     """
 
     def __init__(self, model: Transducer, sizes: Geometry):
@@ -108,21 +115,27 @@ class PackedStreamingEncoder(nn.Module):
     def forward(
         self, x: Tensor, cached_attn: Tensor, cached_conv: Tensor, processed_lens: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        blocks, rows, kept = self.sizes.num_layers, self.sizes.conv_rows, self.sizes.conv_kernel - 1
-        attn, conv = cached_attn.permute(2, 0, 1, 3), cached_conv.permute(2, 0, 1, 3)
-        halves = torch.cat([conv[:, :blocks], conv[:, blocks : 2 * blocks]], dim=2)
-        state = ConformerState(
-            attn[:, :blocks], attn[:, blocks : 2 * blocks], halves[:, :, 2 * rows - kept :], attn[:, -1, 0, 0].long()
-        )
-        enc, after = self.encoder.step(x, state)
-        counter = after.frames.to(x.dtype)[:, None, None, None].expand_as(attn[:, -1:])
-        new_attn = torch.cat([after.keys, after.values, counter], dim=1)
-        new_halves = F.pad(after.conv, (0, 0, 2 * rows - kept, 0))
-        unused = conv[:, -1:]
-        new_conv = torch.cat([new_halves[:, :, :rows], new_halves[:, :, rows:], unused], dim=1)
+        count, half = self.sizes.num_layers, self.sizes.conv_rows
+        unused = 2 * half - (self.sizes.conv_kernel - 1)  # frames before the first of an odd number
+        attn = [row.transpose(0, 1) for row in cached_attn.unbind(0)]
+        conv = [row.transpose(0, 1) for row in cached_conv.unbind(0)]
+        blocks = [
+            BlockState(attn[i], attn[count + i], torch.cat([conv[i], conv[count + i]], dim=1)[:, unused:])
+            for i in range(count)
+        ]
+        counter = attn[-1][:, 0]
+        frames, clock = counter[:, 0].long(), counter[:, 1 : 1 + self.sizes.clock_size]
+        enc, blocks, frames, clock = self.encoder.step_blocks(x, blocks, frames, clock)
+        counter = torch.cat([frames.to(x.dtype)[:, None], clock], dim=1)
+        counter = F.pad(counter, (0, self.sizes.dim - 1 - self.sizes.clock_size))
+        halves = [F.pad(block.conv, (0, 0, unused, 0)) if unused else block.conv for block in blocks]
+        new_attn = [block.keys for block in blocks] + [block.values for block in blocks]
+        new_attn.append(counter[:, None].expand_as(attn[-1]))
+        new_conv = [*(one[:, :half] for one in halves), *(one[:, half:] for one in halves), conv[-1]]
         # an input that nothing reads would be dropped from the file, and the runtime would end the process
         out = self.joiner_proj(enc) + 0 * processed_lens.to(x.dtype)[:, None, None]
-        return out, new_attn.permute(1, 2, 0, 3), new_conv.permute(1, 2, 0, 3)
+        stacked = (torch.stack([row.transpose(0, 1) for row in rows]) for rows in (new_attn, new_conv))
+        return (out, *stacked)  # type: ignore[return-value]
 
     def first_state(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
         """cached_attn, cached_conv and processed_lens of streams that have not begun."""

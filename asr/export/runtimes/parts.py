@@ -64,8 +64,8 @@ class Recognizing:
 class Parts(Recognizing):
     """``load_part`` and ``call`` say what the runtime is; files are named after part, precision and ``suffix``.
 
-    The encoder of streams takes features, keys, values, conv and frames, and returns projected frames and the state
-    after them; that of whole utterances takes features and lengths.
+    The encoder of streams takes features, keys, values, conv, frames and clock, and returns projected frames and the
+    state after them; that of whole utterances takes features and lengths.
     """
 
     suffix: str
@@ -98,7 +98,8 @@ class Parts(Recognizing):
                 if not self.chunk_frames:
                     return []
                 caches = [np.zeros((1, blocks, length, dim), dtype=np.float32) for length in lengths]
-                return [*caches, np.zeros(1, dtype=adapter.counter)]
+                clock = np.zeros((1, dim // sizes["num_heads"] // 2), dtype=np.float32)
+                return [*caches, np.zeros(1, dtype=adapter.counter), clock]
 
             def _step(
                 self, features: np.ndarray, caches: list[np.ndarray], num_frames: np.ndarray

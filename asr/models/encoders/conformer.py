@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,8 +14,10 @@ from asr.models.layers.attention import Positions, attend, attend_window
 from asr.models.layers.depthwise import depthwise_conv, depthwise_conv_after
 from asr.models.layers.dropout import Dropout
 from asr.models.layers.masks import attention_mask, length_mask
-from asr.models.layers.rotary import rotary_tables
+from asr.models.layers.rotary import rotary_rates, rotary_tables, rotate
 from asr.models.layers.subsampling import ConvSubsampling, subsampled_lens
+
+TURN = 2 * math.pi
 
 
 @dataclass
@@ -54,16 +57,19 @@ class ConformerState(NamedTuple):
 
     A cache holds the latest frames, oldest first; a stream that began fewer frames ago has zeros before them.
 
-    keys: [B, N, L, D] of N blocks and L frames of left context, not rotated: the window of each chunk numbers them.
+    keys: [B, N, L, D] of N blocks and L frames of left context, rotated by the stream's clock.
     values: [B, N, L, D].
     conv: [B, N, K - 1, D], inputs of the convolution of K frames.
     frames: [B] int64, encoder frames so far, at most L.
+    clock: [B, d / 2] float32, angles in [0, 2 pi) by which the next frame is rotated. Only differences enter a score,
+        and whole turns do not, so that angles stay small and exact however long a stream is.
     """
 
     keys: Tensor
     values: Tensor
     conv: Tensor
     frames: Tensor
+    clock: Tensor
 
 
 class BlockState(NamedTuple):
@@ -80,11 +86,14 @@ class Window:
     Args:
         chunk_frames: C.
         lens: [B] int64, frames of the chunk that are there, or None for all of them.
-        positions: of the L cached frames and the chunk.
+        bias: [B, 1, 1, L + C], added to the scores of the cached frames and the chunk.
+        angle: [B, C, d / 2], by which the chunk's frames are rotated.
     """
 
-    def __init__(self, chunk_frames: int, lens: Tensor | None, positions: Positions):
-        self.chunk_frames, self.lens, self.positions = chunk_frames, lens, positions
+    def __init__(self, chunk_frames: int, lens: Tensor | None, bias: Tensor, angle: Tensor):
+        self.chunk_frames, self.lens, self.bias = chunk_frames, lens, bias
+        self.frames = int(bias.shape[-1])  # L + C: a number, also in a graph that is recorded
+        self.cos, self.sin = (table[:, :, None, None] for table in (angle.cos(), angle.sin()))
 
     def latest(self, x: Tensor) -> Tensor:
         """Of a cache with the chunk behind it [B, L + C, D]: the L frames up to the chunk's last that is there."""
@@ -125,11 +134,16 @@ class SelfAttention(nn.Module):
 
     def step(self, x: Tensor, window: Window, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A chunk [B, C, D] after cached keys and values [B, L, D]; the result, and the caches after it."""
-        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1))
-        keys = torch.cat([keys, qkv[:, :, 1].flatten(2)], dim=1)
-        values = torch.cat([values, qkv[:, :, 2].flatten(2)], dim=1)
-        heads = (self.num_heads, -1)
-        y = attend_window(qkv, keys.unflatten(-1, heads), values.unflatten(-1, heads), window.positions)
+        dim = self.out.in_features
+        heads = self.num_heads, dim // self.num_heads
+        qkv = self.qkv(self.norm(x)).reshape(-1, window.chunk_frames, 3, *heads)
+        q, k = rotate(qkv[:, :, :2], window.cos, window.sin).unbind(2)
+        keys, values = (
+            torch.cat([cache, new.reshape(-1, window.chunk_frames, dim)], dim=1)
+            for cache, new in ((keys, k), (values, qkv[:, :, 2]))
+        )
+        shape = -1, window.frames, *heads
+        y = attend_window(q, keys.reshape(shape), values.reshape(shape), window.bias)
         return self.out(y), window.latest(keys), window.latest(values)
 
 
@@ -278,7 +292,8 @@ class Conformer(nn.Module):
         cache = like.new_zeros(batch_size, config.num_layers, left_context_frames, config.dim)
         conv = like.new_zeros(batch_size, config.num_layers, config.conv_kernel - 1, config.dim)
         frames = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
-        return ConformerState(cache, cache.clone(), conv, frames)
+        clock = conv.new_zeros(batch_size, self.dim // self.config.num_heads // 2)
+        return ConformerState(cache, cache.clone(), conv, frames, clock)
 
     def step(
         self, features: Tensor, state: ConformerState, enc_lens: Tensor | None = None
@@ -299,33 +314,50 @@ class Conformer(nn.Module):
             enc: [B, C, D], finite behind ``enc_lens`` too.
             state: of the streams after the chunk.
         """
+        caches = (cache.unbind(1) for cache in state[:3])
+        blocks = [BlockState(*own) for own in zip(*caches, strict=True)]
+        x, blocks, frames, clock = self.step_blocks(features, blocks, state.frames, state.clock, enc_lens)
+        keys, values, conv = (torch.stack(own, dim=1) for own in zip(*blocks, strict=True))
+        return x, ConformerState(keys, values, conv, frames, clock)
+
+    def step_blocks(
+        self,
+        features: Tensor,
+        blocks: list[BlockState],
+        frames: Tensor,
+        clock: Tensor,
+        enc_lens: Tensor | None = None,
+    ) -> tuple[Tensor, list[BlockState], Tensor, Tensor]:
+        """``step`` with the caches of each block by themselves, for who keeps them otherwise than stacked."""
         batch_size, num_frames, num_bins = features.shape
         if num_bins != self.feature_mean.numel() or num_frames < 7 or num_frames % 4 != 3:
             raise ValueError(
                 f"features has shape {tuple(features.shape)}; expected [B, 4 C + 3, {self.feature_mean.numel()}]"
             )
-        if state.frames.shape[0] != batch_size:
-            raise ValueError(f"features are of {batch_size} streams, the state of {state.frames.shape[0]}")
-        left, chunk = state.keys.shape[2], num_frames // 4
-        lens = None if enc_lens is None else enc_lens.to(state.frames)
+        if frames.shape[0] != batch_size:
+            raise ValueError(f"features are of {batch_size} streams, the state of {frames.shape[0]}")
+        # numbers, also in a graph that is recorded
+        left, chunk = int(blocks[0].keys.shape[1]), int(num_frames) // 4
+        lens = None if enc_lens is None else enc_lens.to(frames)
         x = (features - self.feature_mean) * self.feature_scale
         if lens is not None:
             there = torch.where(lens > 0, 4 * lens + 3, 0)
             x = x.masked_fill(~length_mask(there, num_frames)[..., None], 0.0)
         x = self.subsampling(x)
         frame = torch.arange(left + chunk, device=x.device)
-        allowed = frame >= left - state.frames[:, None]
+        allowed = frame >= left - frames[:, None]
         if lens is not None:
             # who has nothing to say still needs one key, or its softmax would be over nothing
             allowed &= frame < left + lens.clamp(min=1)[:, None]
-        cos, sin = rotary_tables(0, left + chunk, self.dim // self.config.num_heads, x.device)
+        rates = rotary_rates(self.dim // self.config.num_heads, x.device)
+        angle = clock[:, None] + torch.arange(chunk, device=x.device)[:, None] * rates
         # as numbers to add: attention would turn it into them in each block
         bias = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill(~allowed, -torch.inf)
-        window = Window(chunk, lens, Positions(bias[:, None, None], cos, sin))
-        states = []
-        for block, *caches in zip(self.blocks, *(cache.unbind(1) for cache in state[:3]), strict=True):
-            x, after = block.step(x, window, BlockState(*caches))
-            states.append(after)
-        keys, values, conv = (torch.stack(caches, dim=1) for caches in zip(*states, strict=True))
-        frames = (state.frames + (chunk if lens is None else lens)).clamp(max=left)
-        return x, ConformerState(keys, values, conv, frames)
+        window = Window(chunk, lens, bias[:, None, None], angle)
+        after = []
+        for block, own in zip(self.blocks, blocks, strict=True):
+            x, kept = block.step(x, window, own)  # type: ignore[operator]
+            after.append(kept)
+        clock = clock + (chunk if lens is None else lens[:, None]) * rates
+        frames = (frames + (chunk if lens is None else lens)).clamp(max=left)
+        return x, after, frames, clock - TURN * (clock / TURN).floor()

@@ -58,22 +58,21 @@ class Positions:
         return self._tables[dtype]
 
 
-def attend_window(qkv: Tensor, keys: Tensor, values: Tensor, positions: Positions) -> Tensor:
+def attend_window(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
     """Attention of a chunk's queries over a window that ends with the chunk.
 
     Args:
-        qkv: [B, C, 3, H, d] of the chunk; only its queries are used.
-        keys, values: [B, W, H, d] of the window, W >= C, the keys not rotated.
-        positions: of the window; its mask is [B, 1, 1, W], bool or numbers that are added to the scores.
+        queries: [B, C, H, d] of the chunk, rotated.
+        keys, values: [B, W, H, d] of the window, W >= C, the keys rotated by the same clock.
+        bias: [B, 1, 1, W], added to the scores.
 
     Returns:
         [B, C, H * d].
     """
-    chunk = qkv.shape[1]
-    q = apply_rotary(qkv[:, :, :1], positions.cos[-chunk:], positions.sin[-chunk:])[:, :, 0].transpose(1, 2)
-    k = apply_rotary(keys[:, :, None], positions.cos, positions.sin)[:, :, 0].transpose(1, 2)
-    y = F.scaled_dot_product_attention(q, k, values.transpose(1, 2), attn_mask=positions.mask)
-    return y.transpose(1, 2).flatten(2)
+    q, k, v = (x.transpose(1, 2) for x in (queries, keys, values))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+    chunk, heads, head_dim = (int(y.shape[dim]) for dim in (1, 2, 3))  # numbers, also in a graph that is recorded
+    return y.reshape(-1, chunk, heads * head_dim)
 
 
 def attend(qkv: Tensor, positions: Positions) -> Tensor:

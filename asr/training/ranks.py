@@ -161,11 +161,15 @@ def one_speaks(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if ranks.store is None or ranks.store.add("failed", 1) == 1:
+        if ranks.store is None:
             raise
         # the exit code tells torchrun's agent whether another try may help: of errors as in asr.cli.guard it does not
-        expected = isinstance(error, (ValueError, OSError))
-        raise SystemExit(getattr(error, "exit_code", 2) if expected else 1) from None
+        code = getattr(error, "exit_code", 2) if isinstance(error, (ValueError, OSError)) else 1
+        rank, code_of_first = ranks.store.compare_set("failed", "", f"{ranks.rank} {code}").decode().split()
+        if int(rank) == ranks.rank:
+            raise
+        # this process may be seen to end before the first, so it says what the first says
+        raise SystemExit(int(code_of_first)) from None
 
 
 def _meet(store: dist.Store, ranks: Ranks, timeout_s: float) -> dist.Store:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -278,21 +279,40 @@ def test_no_thread_of_the_processes_talk_outlives_it() -> None:
         assert process.returncode == 0, error
 
 
-def _refused(ranks: Ranks, error: Exception, out: Path) -> None:
-    try:
-        with one_speaks(ranks):
-            raise error
-    except SystemExit as end:
-        (out / f"{type(error).__name__}-second").write_text(str(end.code), encoding="utf-8")
-    except Exception:
-        (out / f"{type(error).__name__}-first").touch()
+ENDS = {
+    "both are the user's": (UserError("x"), UserError("x"), "2"),
+    "the second follows from it": (UserError("x"), RuntimeError("the other has closed the connection"), "2"),
+    "both start again": (StartAgain("x"), StartAgain("x"), "1"),
+    "neither is the user's": (RuntimeError("x"), RuntimeError("x"), "1"),
+    "the second is the user's": (RuntimeError("x"), UserError("x"), "1"),
+}
+"""The error of the process that fails first, the other's, and the exit code of the other."""
 
 
-@pytest.mark.parametrize(("error", "code"), [(UserError("x"), "2"), (StartAgain("x"), "1"), (RuntimeError("x"), "1")])
-def test_only_what_the_user_can_mend_ends_with_2(error: Exception, code: str, tmp_path: Path) -> None:
-    together(2, _refused, error, tmp_path)
-    assert (tmp_path / f"{type(error).__name__}-first").exists()
-    assert (tmp_path / f"{type(error).__name__}-second").read_text(encoding="utf-8") == code
+def _refused(ranks: Ranks, out: Path) -> None:
+    assert ranks.store is not None
+    for name, (*errors, _) in ENDS.items():
+        own = dataclasses.replace(ranks, store=dist.PrefixStore(name, ranks.store))
+        if not ranks.first:
+            ranks.store.wait([f"{name} failed"], timedelta(seconds=30))
+        try:
+            with one_speaks(own):
+                raise errors[ranks.rank]
+        except SystemExit as end:
+            found = str(end.code)
+        except Exception as error:
+            found = type(error).__name__
+        (out / f"{name} {ranks.rank}").write_text(found, encoding="utf-8")
+        if ranks.first:
+            ranks.store.set(f"{name} failed", "")
+
+
+def test_all_end_with_the_code_of_the_first_error(tmp_path: Path) -> None:
+    """Only what the user can mend ends with 2, whichever process is seen to end first."""
+    together(2, _refused, tmp_path)
+    for name, (error, _, code) in ENDS.items():
+        assert (tmp_path / f"{name} 0").read_text(encoding="utf-8") == type(error).__name__
+        assert (tmp_path / f"{name} 1").read_text(encoding="utf-8") == code, name
 
 
 SLOW = """

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from asr.decoding.decode import read_cuts
     from asr.decoding.load import load_for_decoding
-    from asr.export.export import export, find_target
+    from asr.export import find_target
+    from asr.export.export import export
     from asr.export.spec import read_spec
 
     find_target(args.target)

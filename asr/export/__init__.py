@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from asr.errors import UserError
+
 
 class Target(NamedTuple):
     """A kind of files.
@@ -64,3 +66,10 @@ TARGETS = {
         None,
     ),
 }
+
+
+def find_target(name: str) -> Target:
+    """The entry of ``TARGETS``, or a UserError that lists them."""
+    if name not in TARGETS:
+        raise UserError(f"unknown target {name!r}; choose one of {', '.join(TARGETS)}")
+    return TARGETS[name]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from asr.errors import UserError
-from asr.export import TARGETS
+from asr.export import find_target
 from asr.models.context import Milliseconds, check_chunk, check_left_context
 
 Precision = Literal["fp32", "int8"]
@@ -36,8 +36,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         for target in self.targets:
-            if target not in TARGETS:
-                raise UserError(f"export.targets: unknown target {target!r}; choose from {', '.join(TARGETS)}")
+            find_target(target)
         for name in ("precisions", "chunk_ms"):
             if not getattr(self, name):
                 raise UserError(f"export.{name} is empty; leave it out for its default")

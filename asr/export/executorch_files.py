@@ -18,13 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from asr.checkpoint import Loaded
-from asr.export.modules import JoinerLogits, Predictor, write_geometry
+from asr.export.modules import search_parts, streaming_encoder, write_geometry
 from asr.export.spec import Spec, Written
-from asr.export.torch_export import encoder_inputs
 from asr.export.transducer_files import PARTS, check_model, write_tokens
-
-FORWARD = "forward"
-"""The method of each program."""
 
 
 def check(loaded: Loaded, spec: Spec) -> None:
@@ -88,20 +84,16 @@ def _int8(module: nn.Module, arguments: tuple[Tensor, ...]) -> nn.Module:
 def write(loaded: Loaded, folder: Path, spec: Spec) -> Written:
     """Writes the programs into a folder."""
     model = loaded.model
-    encoder, inputs, sizes = encoder_inputs(loaded, spec, 1)
+    encoder, inputs, sizes = streaming_encoder(model, spec.chunk_ms, spec.left_context_ms, 1)
     write_tokens(loaded.tokenizer, folder)
     write_geometry(sizes, model.config.predictor.context_size, folder)
-    states = [torch.zeros(1, model.config.joiner.dim) for _ in range(2)]  # one tensor twice would be one input
-    parts: dict[str, tuple[nn.Module, list[Tensor]]] = {
-        # the count of frames as a float: quantised programs return whole numbers as floats
-        "encoder": (encoder, list({**inputs, "frames": torch.zeros(1)}.values())),
-        "decoder": (Predictor(model), [torch.zeros(1, model.config.predictor.context_size, dtype=torch.int64)]),
-        "joiner": (JoinerLogits(model), states),
-    }
+    # the count of frames as a float: quantised programs return whole numbers as floats
+    parts = {"encoder": (encoder, {**inputs, "frames": torch.zeros(1)}), **search_parts(model, 1)}
     files: dict[str, dict[str, str]] = {}
     for precision in spec.precisions:
         infix = "" if precision == "fp32" else f".{precision}"
         files[precision] = {part: f"{part}{infix}.pte" for part in PARTS}
-        for part, (module, arguments) in parts.items():
-            (folder / files[precision][part]).write_bytes(program(module, arguments, precision == "int8"))
+        for part, (module, examples) in parts.items():
+            content = program(module, list(examples.values()), precision == "int8")
+            (folder / files[precision][part]).write_bytes(content)
     return Written(files)

@@ -8,18 +8,11 @@ from typing import Any
 
 from asr.checkpoint import Loaded
 from asr.errors import UserError
-from asr.export import TARGETS, Target
+from asr.export import TARGETS, find_target
 from asr.export.folder import Manifest, check_writable, sha256_of, write_folder
 from asr.export.packages import check_packages, version_of
 from asr.export.spec import Spec
 from asr.models.transducer import parameter_counts
-
-
-def find_target(name: str) -> Target:
-    """The entry of ``TARGETS``, or a UserError that lists them."""
-    if name not in TARGETS:
-        raise UserError(f"unknown target {name!r}; choose one of {', '.join(TARGETS)}")
-    return TARGETS[name]
 
 
 def check_target(name: str, loaded: Loaded, spec: Spec) -> Any:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from asr.models.context import Milliseconds, context
 from asr.models.encoders.conformer import BlockState, Conformer, ConformerState
 from asr.models.joiner import Joiner
 from asr.models.layers.subsampling import OVERLAP_FRAMES, SUBSAMPLING_FACTOR, subsampled_lens
@@ -183,3 +184,27 @@ class JoinerLogits(nn.Module):
     def forward(self, encoder_out: Tensor, decoder_out: Tensor) -> Tensor:
         # of three axes: exporters make a product and a sum of that, whose weights can be int8, and one node of two axes
         return self.joiner.logits(encoder_out[:, None], decoder_out[:, None])[:, 0]
+
+
+def streaming_encoder(
+    model: Transducer, chunk_ms: Milliseconds, left_context_ms: Milliseconds, batch_size: int
+) -> tuple[nn.Module, dict[str, Tensor], Geometry]:
+    """The encoder of streams with plain state, examples of its arguments, and its sizes."""
+    sizes = geometry(model, *context(chunk_ms, left_context_ms))
+    state = model.encoder.init_state(batch_size, sizes.left_frames)
+    features = torch.zeros(batch_size, sizes.feature_frames, sizes.num_mel_bins)
+    return StreamingEncoder(model), {"x": features, **state._asdict()}, sizes
+
+
+def offline_encoder(model: Transducer) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The encoder of whole utterances, and examples of its arguments."""
+    return OfflineEncoder(model), {"x": torch.zeros(2, 67, model.config.num_mel_bins), "x_lens": torch.tensor([67, 59])}
+
+
+def search_parts(model: Transducer, batch_size: int) -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
+    """Predictor, named "decoder" as in runtimes, and joiner, with examples of their arguments: each a tensor of its
+    own, since exporters take one tensor twice for one input."""
+    config = model.config
+    tokens = torch.zeros(batch_size, config.predictor.context_size, dtype=torch.int64)
+    states = {name: torch.zeros(batch_size, config.joiner.dim) for name in ("encoder_out", "decoder_out")}
+    return {"decoder": (Predictor(model), {"y": tokens}), "joiner": (JoinerLogits(model), states)}

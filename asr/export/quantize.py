@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from asr.checkpoint import Loaded
@@ -95,15 +94,15 @@ class Choice:
 
 
 def quantized(graph: Any, nodes: Sequence[str]) -> Any:
-    """A copy of a graph with the weights of these MatMul nodes in int8; metadata and opset stay."""
+    """The graph with the weights of these MatMul nodes in int8; metadata and opset stay, and so does ``graph``."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    every = [node.name for node in graph.graph.node if node.op_type == "MatMul"]
-    copied = onnx.ModelProto()
-    copied.CopyFrom(graph)
     if not nodes:
-        return copied
+        return graph
+    every = [node.name for node in graph.graph.node if node.op_type == "MatMul"]
+    copied = onnx.ModelProto()  # what is quantised is changed
+    copied.CopyFrom(graph)
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # it advises a preparation that changes nothing for these graphs
@@ -278,8 +277,7 @@ def choose_int8(
         say(f"int8: {left} of {len(layers)} layers in float: {errors}")
         return chosen if errors.rate <= most + 1e-9 else None
 
-    with torch.inference_mode():
-        held, left = attempt(0), 0
+    held, left = attempt(0), 0
     low, step = -1, 1
     while held is None:
         low, left = left, min(left + step, len(layers))

@@ -14,14 +14,9 @@ import torch
 from asr.checkpoint import Loaded
 from asr.data.tokenizer import Tokenizer
 from asr.errors import UserError
-from asr.export.modules import (
-    JoinerLogits,
-    OfflineEncoder,
-    PackedStreamingEncoder,
-    Predictor,
-    geometry,
-)
+from asr.export.modules import PackedStreamingEncoder, geometry, offline_encoder, search_parts
 from asr.export.onnx_graph import onnx_graph
+from asr.export.quantize import choose_int8, save_choice
 from asr.export.spec import Spec, Written
 from asr.models.context import Milliseconds, context
 
@@ -57,10 +52,8 @@ def encoder_graph(loaded: Loaded, chunk_ms: Milliseconds, left_context_ms: Milli
     bins, batch_size = model.config.num_mel_bins, 2
     common = {"model_type": "conformer", "version": 1, "vocab_size": model.vocab_size}
     if chunk_ms == "full":
-        lens = torch.tensor([67, 59])
         return onnx_graph(
-            OfflineEncoder(model),
-            {"x": torch.zeros(batch_size, 67, bins), "x_lens": lens},
+            *offline_encoder(model),
             ["encoder_out", "encoder_out_lens"],
             {
                 "x": {0: "N", 1: "T"},
@@ -105,28 +98,23 @@ def encoder_graph(loaded: Loaded, chunk_ms: Milliseconds, left_context_ms: Milli
     )
 
 
-def predictor_graph(loaded: Loaded) -> Any:
-    """y [N, context_size] int64 to decoder_out [N, J]."""
-    size = loaded.model.config.predictor.context_size
-    return onnx_graph(
-        Predictor(loaded.model),
-        {"y": torch.zeros(2, size, dtype=torch.int64)},
-        ["decoder_out"],
-        {"y": {0: "N"}, "decoder_out": {0: "N"}},
-        {"context_size": size, "vocab_size": loaded.model.vocab_size},
-    )
-
-
-def joiner_graph(loaded: Loaded) -> Any:
-    """encoder_out and decoder_out [N, J] to logit [N, V]."""
-    dim = loaded.model.config.joiner.dim
-    return onnx_graph(
-        JoinerLogits(loaded.model),
-        {"encoder_out": torch.zeros(2, dim), "decoder_out": torch.zeros(2, dim)},
-        ["logit"],
-        {"encoder_out": {0: "N"}, "decoder_out": {0: "N"}, "logit": {0: "N"}},
-        {"joiner_dim": dim},
-    )
+def search_graphs(loaded: Loaded) -> dict[str, Any]:
+    """Of the predictor, y [N, context_size] int64 to decoder_out [N, J], and of the joiner, encoder_out and decoder_out
+    [N, J] to logit [N, V]."""
+    config = loaded.config.model
+    about: dict[str, tuple[str, dict[str, object]]] = {
+        "decoder": (
+            "decoder_out",
+            {"context_size": config.predictor.context_size, "vocab_size": loaded.model.vocab_size},
+        ),
+        "joiner": ("logit", {"joiner_dim": config.joiner.dim}),
+    }
+    graphs = {}
+    for part, (module, examples) in search_parts(loaded.model, 2).items():
+        result, metadata = about[part]
+        axes = {name: {0: "N"} for name in (*examples, result)}
+        graphs[part] = onnx_graph(module, examples, [result], axes, metadata)
+    return graphs
 
 
 def write_tokens(tokenizer: Tokenizer, folder: Path) -> None:
@@ -142,27 +130,20 @@ def write_transducer(loaded: Loaded, folder: Path, spec: Spec) -> Written:
     """Writes tokens and graphs of each precision."""
     import onnx
 
-    from asr.export.quantize import choose_int8, save_choice
-
     write_tokens(loaded.tokenizer, folder)
-    graphs = {
-        "encoder": encoder_graph(loaded, spec.chunk_ms, spec.left_context_ms),
-        "decoder": predictor_graph(loaded),
-        "joiner": joiner_graph(loaded),
-    }
-    for part, graph in graphs.items():
-        onnx.save(graph, folder / f"{part}.onnx")
+    graphs = {"encoder": encoder_graph(loaded, spec.chunk_ms, spec.left_context_ms), **search_graphs(loaded)}
     files = {"fp32": {part: f"{part}.onnx" for part in PARTS}}
+    for part, graph in graphs.items():
+        onnx.save(graph, folder / files["fp32"][part])
     if "int8" not in spec.precisions:
         return Written(files)
     chosen, choice = choose_int8(loaded, graphs, folder, spec)
     save_choice(choice, folder)
-    files["int8"] = dict(files["fp32"])
+    files["int8"] = files["fp32"] | {part: f"{part}.int8.onnx" for part in chosen}
     for part, graph in chosen.items():
-        files["int8"][part] = f"{part}.int8.onnx"
         onnx.save(graph, folder / files["int8"][part])
     if "fp32" not in spec.precisions:
-        del files["fp32"]
+        whole = files.pop("fp32")
         for part in chosen:
-            (folder / f"{part}.onnx").unlink()
+            (folder / whole[part]).unlink()
     return Written(files, choice.float_layers)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses import LOSSES, TransducerLossOptions, transducer_loss
+from losses import LOSSES
 from losses.bench import peers
 from losses.bench.cases import CHECKED, Case, Name, make
-from losses.bench.measure import PRODUCTS, TOLERANCE
+from losses.bench.measure import PRODUCTS, TOLERANCE, errors, loss_function, step, tensor_bytes
 
 COLUMNS = ("case", "products", "method", "ms", "peak_mib", "error")
 
@@ -35,37 +35,13 @@ def on_device(case: Case) -> Case:
     return replace(case, **moved)
 
 
-def step(case: Case, method: str, products: str, threshold: float) -> Tensor:
-    """Forward and backward; gradients are left in .grad."""
-    for x in case.sources:
-        x.grad = None
-        x.requires_grad_()
-    if method in peers.PEERS:
-        loss, _ = peers.loss_function(method, products)(case)
-    else:
-        simple = None if case.am is None or case.lm is None else (case.am, case.lm)
-        options = TransducerLossOptions(occupancy_threshold=threshold if method in ("fused", "pruned") else 0.0)
-        with torch.autocast("cuda", torch.bfloat16, enabled=products == "bf16"):
-            found = transducer_loss(
-                case.enc, case.pred, case.weight, None, case.targets, case.enc_lens, case.target_lens, method=method,
-                reduction="sum", options=options, simple=simple,
-            )  # fmt: skip
-        loss = found.loss if found.simple_loss is None else found.loss + found.simple_loss
-    loss.backward()
-    return loss.detach()
-
-
 def error_of(case: Case, method: str, products: str, threshold: float) -> float:
     """Largest gradient error on the first utterances, relative to each tensor's largest entry."""
     first = case.first(CHECKED)
     exact = first.to(torch.float64)
-    step(exact, "samplewise", "fp32", 0.0)
-    step(first, method, products, threshold)
-    errors = []
-    for x, y in zip(first.sources, exact.sources, strict=True):
-        assert x.grad is not None and y.grad is not None
-        errors.append(float((x.grad.double() - y.grad).abs().max() / y.grad.abs().max()))
-    return max(errors)
+    step(exact, loss_function("samplewise", "fp32", 0.0))
+    step(first, loss_function(method, products, threshold))
+    return max(errors(first, [x.grad for x in exact.sources if x.grad is not None]))
 
 
 def measure(case: Case, method: str, products: str, threshold: float, samples: int) -> dict[str, Any]:
@@ -76,17 +52,17 @@ def measure(case: Case, method: str, products: str, threshold: float, samples: i
             row["error"] = error_of(case, method, products, threshold)
             if not row["error"] <= (peers.TOLERANCE if method in peers.PEERS else TOLERANCE)[products]:
                 return {**row, "failed": "gradients are off"}
-        times = []
+        times, loss = [], loss_function(method, products, threshold)
         for number in range(samples + 1):
             if number == 1:
                 torch.cuda.reset_peak_memory_stats()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            step(case, method, products, threshold)
+            step(case, loss)
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end))
-        kept = sum(2 * x.numel() * x.itemsize for x in case.sources)
+        kept = 2 * tensor_bytes(case.sources)
         row |= {"ms": statistics.median(times[1:]), "peak_mib": (torch.cuda.max_memory_allocated() - kept) / 2**20}
     except torch.OutOfMemoryError:
         row["failed"] = "out of memory"

@@ -52,7 +52,7 @@ def loss_function(method: str, products: str, threshold: float) -> Loss:
         options |= {"prune_range": PRUNE_RANGE, "lm_only_scale": LM_ONLY_SCALE, "am_only_scale": AM_ONLY_SCALE}
 
     def ours(case: Case) -> tuple[Tensor, Info]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=products == "bf16"):
+        with torch.autocast(case.enc.device.type, torch.bfloat16, enabled=products == "bf16"):
             arguments = case.enc, case.pred, case.weight, None, case.targets, case.enc_lens, case.target_lens
             keywords: Info = {"method": method, "reduction": "sum", "options": TransducerLossOptions(**options)}
             if not is_pruned(method):

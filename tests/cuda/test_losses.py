@@ -11,9 +11,11 @@ from torch import Tensor
 
 from losses import LOSSES, TransducerLossOptions, lattice_loss, rnnt_loss, transducer_loss
 from losses.bench import cases
+from losses.bench.cuda import on_device
 from losses.memory import MemoryLimitError
 from tests.losses.problems import CASES, Problem, assert_close, make
 from tests.losses.test_lattice import reference_gradients
+from tests.losses.test_transducer_loss import loss_of
 
 each_method = pytest.mark.parametrize("method", list(LOSSES))
 each_case = pytest.mark.parametrize(("topology", "name"), CASES)
@@ -31,23 +33,12 @@ def moved(problem: Problem) -> Problem:
     return dataclasses.replace(problem, **found)
 
 
-def on_device(*arguments: Any, method: str, **named: Any) -> Any:
-    """`loss_of` of tensors on the device."""
-    if method == "pruned":
-        enc, pred, weight, *_ = arguments
-        sizes = [(*x.shape[:2], weight.shape[0]) for x in (enc, pred)]
-        dtype = torch.promote_types(enc.dtype, torch.float32)
-        named["simple"] = tuple(torch.zeros(s, dtype=dtype, device="cuda") for s in sizes)
-        named["options"] = TransducerLossOptions(prune_range=max(2, pred.shape[1]))
-    return transducer_loss(*arguments, method=method, **named)
-
-
 @each_method
 @each_case
 def test_float64_equals_the_reference(topology: str, name: str, method: str) -> None:
     problem = make(topology, name, blank=4)
     there = moved(problem)
-    found = on_device(*there.arguments(), method=method, topology=topology, blank=4, reduction="none")
+    found = loss_of(*there.arguments(), method=method, topology=topology, blank=4, reduction="none")
     (found.loss * there.upstream).sum().backward()
     expected = problem.expected()
     assert found.loss.device.type == "cuda"
@@ -61,7 +52,7 @@ def test_float64_equals_the_reference(topology: str, name: str, method: str) -> 
 def test_other_formats(method: str, dtype: str, tolerance: float) -> None:
     problem = make("regular", "odd sizes", dtype=getattr(torch, dtype), vocab=64, dim=32)
     there = moved(problem)
-    found = on_device(*there.arguments(), method=method, reduction="none")
+    found = loss_of(*there.arguments(), method=method, reduction="none")
     (found.loss * there.upstream).sum().backward()
     expected = problem.expected()
     assert_close(found.loss.cpu(), expected.nll, tolerance)
@@ -76,7 +67,7 @@ def test_under_autocast(method: str, dtype: torch.dtype) -> None:
     problem = make("regular", "odd sizes", dtype=torch.float32, vocab=64, dim=32)
     there = moved(problem)
     with torch.autocast("cuda", dtype):
-        found = on_device(*there.arguments(), method=method, reduction="none")
+        found = loss_of(*there.arguments(), method=method, reduction="none")
     (found.loss * there.upstream).sum().backward()
     expected = problem.expected()
     assert_close(found.loss.cpu(), expected.nll, 2e-2)
@@ -157,21 +148,11 @@ def step(case: cases.Case, method: str, limit: str | int | None, products: torch
     return torch.cuda.max_memory_allocated() - before - left, float(total.detach()), found.info
 
 
-def case_on_device(name: str, simple: bool = False) -> cases.Case:
-    case = cases.make(name, simple=simple)
-    parts = {
-        field.name: value.cuda()
-        for field in dataclasses.fields(case)
-        if isinstance(value := getattr(case, field.name), Tensor)
-    }
-    return dataclasses.replace(case, **parts)
-
-
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["S", "M", "16x300x40x2000", "3x700x90x300"])
 def test_memory_limit_is_kept(name: str, products: torch.dtype) -> None:
     """From the smallest that fits up to half of what batched takes, for each method; the loss stays."""
-    case = case_on_device(name, simple=True)
+    case = on_device(cases.make(name, simple=True))
     plain = dataclasses.replace(case, am=None, lm=None)
     step(plain, "fused", None, products)  # workspaces of the library come once
     most, expected, _ = step(plain, "batched", None, products)

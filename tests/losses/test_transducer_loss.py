@@ -21,7 +21,7 @@ def loss_of(*arguments: Any, method: str, options: TransducerLossOptions | None 
         enc, pred, weight, *_ = arguments
         dtype = torch.promote_types(enc.dtype, torch.float32)
         sizes = [(*x.shape[:2], weight.shape[0]) for x in (enc, pred)]
-        named["simple"] = tuple(torch.zeros(s, dtype=dtype) for s in sizes)
+        named["simple"] = tuple(torch.zeros(s, dtype=dtype, device=enc.device) for s in sizes)
         options = dataclasses.replace(options or TransducerLossOptions(), prune_range=max(2, pred.shape[1]))
     return transducer_loss(*arguments, method=method, options=options, check_values=False, **named)
 

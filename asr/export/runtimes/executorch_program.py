@@ -16,7 +16,6 @@ class Programs(Parts):
     """encoder.pte, decoder.pte and joiner.pte; streams, one in a call."""
 
     version = version("executorch")
-    suffix = "pte"
     at_once = 1
     counter = np.float32
 

@@ -62,13 +62,12 @@ class Recognizing:
 
 
 class Parts(Recognizing):
-    """``load_part`` and ``call`` say what the runtime is; files are named after part, precision and ``suffix``.
+    """``load_part`` and ``call`` say what the runtime is.
 
     The encoder of streams takes features, keys, values, conv, frames and clock, and returns projected frames and the
     state after them; that of whole utterances takes features and lengths.
     """
 
-    suffix: str
     at_once: int | None = None
     """Most streams in a call; None for any number."""
     counter: type = np.int64
@@ -77,12 +76,7 @@ class Parts(Recognizing):
     def __init__(self, folder: Path, precision: str, options: dict[str, Any]):
         adapter = self
         sizes = json.loads((folder / "geometry.json").read_text(encoding="utf-8"))
-        infix = "" if precision == "fp32" else f".{precision}"
         self.set_threads(options.get("threads", 1))
-
-        def path(part: str) -> Path:
-            own = folder / f"{part}{infix}.{self.suffix}"
-            return own if own.is_file() else folder / f"{part}.{self.suffix}"
 
         class Recognizer(load_runner().Recognizer):  # type: ignore[misc]
             cache_axis = 0
@@ -90,7 +84,7 @@ class Parts(Recognizing):
             def _load(self, folder: Path, precision: str, num_threads: int) -> None:
                 self.num_bins, self._context_size = sizes["num_mel_bins"], sizes["context_size"]
                 self.chunk_frames = sizes["chunk_frames"] or None
-                self._parts = {part: adapter.load_part(path(part)) for part in ("encoder", "decoder", "joiner")}
+                self._parts = {part: adapter.load_part(folder / name) for part, name in options["files"].items()}
 
             def first_caches(self) -> list[np.ndarray]:
                 blocks, dim = sizes["num_layers"], sizes["dim"]

@@ -12,13 +12,16 @@ SAMPLE_RATE_HZ = 16000
 FRAME_S = 0.04
 
 
-def _files(folder: Path, precision: str) -> dict[str, str]:
-    suffix = "" if precision == "fp32" else f".{precision}"
-    found = {}
-    for part in ("encoder", "decoder", "joiner"):
-        path = folder / f"{part}{suffix}.onnx"
-        found[part] = str(path if path.exists() else folder / f"{part}.onnx")
-    return {**found, "tokens": str(folder / "tokens.txt")}
+def _arguments(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Of ``from_transducer``, for both recognizers."""
+    files = {part: str(folder / name) for part, name in options["files"].items()}
+    return {
+        **files,
+        "tokens": str(folder / "tokens.txt"),
+        "num_threads": options.get("threads", 1),
+        "feature_dim": options["num_mel_bins"],
+        "decoding_method": "greedy_search",
+    }
 
 
 def _ids(folder: Path) -> dict[str, int]:
@@ -35,11 +38,7 @@ class Online:
         self.version = getattr(sherpa_onnx, "__version__", "unknown")
         self._ids = _ids(folder)
         self._recognizer = sherpa_onnx.OnlineRecognizer.from_transducer(
-            **_files(folder, precision),
-            num_threads=options.get("threads", 1),
-            feature_dim=options["num_mel_bins"],
-            decoding_method="greedy_search",
-            enable_endpoint_detection=False,
+            **_arguments(folder, options), enable_endpoint_detection=False
         )
 
     def open(self) -> Any:
@@ -72,12 +71,7 @@ class Offline:
     def __init__(self, folder: Path, precision: str, options: dict[str, Any]):
         self.version = getattr(sherpa_onnx, "__version__", "unknown")
         self._ids = _ids(folder)
-        self._recognizer = sherpa_onnx.OfflineRecognizer.from_transducer(
-            **_files(folder, precision),
-            num_threads=options.get("threads", 1),
-            feature_dim=options["num_mel_bins"],
-            decoding_method="greedy_search",
-        )
+        self._recognizer = sherpa_onnx.OfflineRecognizer.from_transducer(**_arguments(folder, options))
         self._heard: dict[int, list[np.ndarray]] = {}
         self._finished: set[int] = set()
 

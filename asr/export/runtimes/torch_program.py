@@ -21,8 +21,6 @@ class Programs(Parts):
             warnings.simplefilter("ignore")
             return torch.export.load(path).module()
 
-    suffix = "pt2"
-
     def set_threads(self, number: int) -> None:
         torch.set_num_threads(number)
 

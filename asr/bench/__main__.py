@@ -34,5 +34,10 @@ def _run(prog: str, package: str, choices: Mapping[str, str], argv: Sequence[str
     return int(module.run(parser.parse_args(list(argv[1:]))))
 
 
+def main(argv: Sequence[str]) -> int:
+    """Exit status; an error of the user is told in one line."""
+    return guarded(lambda: _run("python -m asr.bench", "asr.bench", BENCHMARKS, argv))
+
+
 if __name__ == "__main__":
-    sys.exit(end_of_process(guarded(lambda: _run("python -m asr.bench", "asr.bench", BENCHMARKS, sys.argv[1:]))))
+    sys.exit(end_of_process(main(sys.argv[1:])))

@@ -42,13 +42,15 @@ def together(size: int, device: str, function: Callable[..., None], *arguments: 
 
 
 def start(
-    size: int, device: str, function: Callable[..., None], *arguments: Any
+    size: int, device: str, function: Callable[..., None], *arguments: Any, start_method: str = "spawn"
 ) -> torch.multiprocessing.ProcessContext:
-    """Begins to call function(ranks, device, *arguments) in so many processes."""
+    """Begins to call function(ranks, device, *arguments) in so many processes, started as multiprocessing names it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.spawn(_child, (size, port, device, function, arguments), nprocs=size, join=False)
+    context = torch.multiprocessing.start_processes(
+        _child, (size, port, device, function, arguments), nprocs=size, join=False, start_method=start_method
+    )
     assert context is not None
     return context
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -18,15 +19,25 @@ from tests.asr.training.runs import experiment, make_trainer, read_data
 
 SGD = 0.05  # learning rate
 
+# A process of a test begins as a copy of one that has imported these, which takes longer than most tests themselves.
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "asr.training.trainer", "tests.asr.training.runs"]
+)
+
 
 def together(size: int, function: Callable[..., None], *arguments: Any) -> None:
     """Calls function(ranks, *arguments) in so many processes on CPU; an error in one is raised here."""
-    processes.together(size, "cpu", _on_cpu, function, *arguments)
+    if size == 1:
+        _on_cpu(Ranks(), "cpu", function, *arguments)
+        return
+    context = start(size, function, *arguments)
+    while not context.join():
+        pass
 
 
 def start(size: int, function: Callable[..., None], *arguments: Any) -> torch.multiprocessing.ProcessContext:
     """Begins to call function(ranks, *arguments) in so many processes on CPU."""
-    return processes.start(size, "cpu", _on_cpu, function, *arguments)
+    return processes.start(size, "cpu", _on_cpu, function, *arguments, start_method="forkserver")
 
 
 def _on_cpu(ranks: Ranks, device: str, function: Callable[..., None], *arguments: Any) -> None:

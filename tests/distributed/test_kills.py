@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from asr.bench.__main__ import main
+
 
 @pytest.mark.slow
 def test_a_trial_ends_in_equal_weights() -> None:
@@ -26,6 +28,6 @@ def test_a_trial_ends_in_equal_weights() -> None:
         (["kills", "--zero", "4"], "invalid choice: 4"),
     ],
 )
-def test_wrong_words_are_refused(words: list[str], message: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "asr.bench", *words], capture_output=True, text=True)
-    assert done.returncode == 2 and message in done.stderr
+def test_wrong_words_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words]) == 2
+    assert message in capsys.readouterr().err

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from asr.bench.__main__ import main
 from asr.bench.parallel.shares import KINDS, SHARED
 
 
@@ -56,6 +57,6 @@ def test_offload_frees_memory_and_keeps_to_a_limit() -> None:
         (["offload", "--steps", "0"], "--steps 0 must be at least 1"),
     ],
 )
-def test_wrong_words_are_refused(words: list[str], message: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "asr.bench", "parallel", *words], capture_output=True, text=True)
-    assert done.returncode == 2 and message in done.stderr
+def test_wrong_words_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["parallel", *words]) == 2
+    assert message in capsys.readouterr().err

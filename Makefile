@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# so many processes share the tests, with a thread each: make test JOBS=8 where cores and memory (2 GB each) allow
+JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 # what decides the contents of .venv; a change of any of it sets .venv up anew
 STAMP := $(VENV)/.stamp-$(shell (cat pyproject.toml constraints.txt; $(PYTHON) --version) | sha256sum | cut -c1-16)
 
@@ -11,11 +14,12 @@ TORCHAUDIO := $(VENV)/torchaudio
 TORCHAUDIO_PINS := torch==2.11.0 torchaudio==2.11.0
 TORCHAUDIO_STAMP := $(TORCHAUDIO)/.stamp-$(shell (echo $(TORCHAUDIO_PINS); cat pyproject.toml constraints.txt; $(PYTHON) --version) | sha256sum | cut -c1-16)
 
-.PHONY: help setup demo test test-all test-torchaudio test-cuda lint types clean
+.PHONY: help setup demo test test-slow test-all executorch test-torchaudio test-cuda lint types clean
 
 help:
 	@echo "make demo      speak, train, decode and score the embedded corpus (egs/synth)"
 	@echo "make test      the fast tests"
+	@echo "make test-slow  of the slow tests one of each file, in minutes"
 	@echo "make test-all  all tests"
 	@echo "make test-torchaudio  the tests of the losses beside torchaudio, in an environment of its own (4.7 GB)"
 	@echo "make test-cuda  the tests that need a CUDA device, with the python3 of the shell: a torch built for CUDA"
@@ -35,10 +39,17 @@ demo: setup
 	@egs/synth/run.sh
 
 test: setup
-	$(PY) -m pytest -q
+	$(PYTEST)
 
-test-all: setup
-	$(PY) -m pytest -q --slow all
+test-slow: setup executorch
+	$(PYTEST) -m slow --slow one
+
+test-all: setup executorch
+	$(PYTEST) --slow all
+
+# what only slow tests need
+executorch: setup
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[executorch]'
 
 test-torchaudio: $(TORCHAUDIO_STAMP)
 	$(TORCHAUDIO)/bin/python -m pytest -q tests/losses

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from itertools import islice
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,26 @@ def together(size: int, function: Callable[..., None], *arguments: Any) -> None:
 
 def start(size: int, function: Callable[..., None], *arguments: Any) -> torch.multiprocessing.ProcessContext:
     """Begins to call function(ranks, *arguments) in so many processes on CPU."""
-    return processes.start(size, "cpu", _on_cpu, function, *arguments, start_method="forkserver")
+    return processes.start(size, "cpu", _as_here, _Outputs(), function, *arguments, start_method="forkserver")
+
+
+class _Outputs:
+    """Unpickled in a copy of the server of copies, it makes that write where this process does, not where the server
+    does, which began in some other test."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _write_to, (DupFd(1), DupFd(2))
+
+
+def _write_to(*outputs: Any) -> None:
+    for number, output in enumerate(outputs, start=1):
+        there = output.detach()
+        os.dup2(there, number)
+        os.close(there)
+
+
+def _as_here(ranks: Ranks, device: str, _: None, function: Callable[..., None], *arguments: Any) -> None:
+    _on_cpu(ranks, device, function, *arguments)
 
 
 def _on_cpu(ranks: Ranks, device: str, function: Callable[..., None], *arguments: Any) -> None:

@@ -116,6 +116,24 @@ def draw(trial: int) -> tuple[Death | None, float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+def test_one_run_that_is_killed_again_and_again(folder: Path, reference: dict[str, Any], tmp_path: Path) -> None:
+    """Each process gets a few steps further, or only as far as its next checkpoint."""
+    out = tmp_path / "train"
+    random_ = random.Random(99)
+    for _ in range(8):
+        death = Death(random_.choice(["write", "replace", "prune", "fsync"]), random_.randint(2, 3), random_.random())
+        process = start(folder, out, death)
+        process.join(90)
+        if process.exitcode == 0:
+            break
+        finish(process, killed=True)
+    finish(start(folder, out), killed=False)
+    assert len(records(out, "start")) >= 5
+    assert_same(out, without_seconds(reference))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_20_of_20_kills_at_random_moments(folder: Path, reference: dict[str, Any], tmp_path: Path) -> None:
     deaths = 0
     for trial in range(20):
@@ -137,21 +155,3 @@ def test_20_of_20_kills_at_random_moments(folder: Path, reference: dict[str, Any
         finish(start(folder, out), killed=False)
         assert_same(out, without_seconds(reference))
     assert deaths == 20
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_one_run_that_is_killed_again_and_again(folder: Path, reference: dict[str, Any], tmp_path: Path) -> None:
-    """Each process gets a few steps further, or only as far as its next checkpoint."""
-    out = tmp_path / "train"
-    random_ = random.Random(99)
-    for _ in range(8):
-        death = Death(random_.choice(["write", "replace", "prune", "fsync"]), random_.randint(2, 3), random_.random())
-        process = start(folder, out, death)
-        process.join(90)
-        if process.exitcode == 0:
-            break
-        finish(process, killed=True)
-    finish(start(folder, out), killed=False)
-    assert len(records(out, "start")) >= 5
-    assert_same(out, without_seconds(reference))

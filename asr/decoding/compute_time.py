@@ -29,7 +29,7 @@ def chunk_compute_ms(
     recordings: Sequence[np.ndarray],
     device: str | torch.device = "cpu",
 ) -> float:
-    """Median wall time in ms of a chunk of a single stream, from its samples to its tokens.
+    """Median wall time in ms of a chunk of a single stream, from its samples to its partial text.
 
     Without chunks, that of a whole utterance.
 
@@ -42,17 +42,33 @@ def chunk_compute_ms(
             then memory is taken, and kernels are compiled.
     """
     streams = decoding.chunk_ms != "full"
-    measure = _chunk_times if streams else _utterance_times
+    measure = chunk_times if streams else _utterance_times
     config = replace(config, decoding=decoding)
     times = [measure(model, tokenizer, config, samples, device) for samples in [recordings[0], *recordings]]
     return 1000 * float(np.median(np.concatenate(times[1:])))
 
 
-def _chunk_times(
-    model: Any, tokenizer: Tokenizer, config: Experiment, samples: np.ndarray, device: str | torch.device
+def chunk_times(
+    model: Any,
+    tokenizer: Tokenizer,
+    config: Experiment,
+    samples: np.ndarray,
+    device: str | torch.device = "cpu",
+    *,
+    endpoints: bool = False,
 ) -> list[float]:
-    """Seconds of each chunk; the silent tail, which no one waits for, is left out unless there is nothing else."""
-    recognizer = StreamingRecognizer(model, tokenizer, config, device, endpoints=False)
+    """Wall time in seconds of each chunk of a single stream: features, encoder, search and the partial text.
+
+    Samples arrive in pieces of a chunk. The silent tail, which no one waits for, is left out unless all is shorter.
+
+    Args:
+        model: a transducer on ``device`` in evaluation mode.
+        tokenizer: of the model.
+        config: ``data.features`` and ``decoding`` are used.
+        samples: float32 [N] at 16 kHz.
+        endpoints: as of `StreamingRecognizer`.
+    """
+    recognizer = StreamingRecognizer(model, tokenizer, config, device, endpoints=endpoints)
     stream = recognizer.open()
     piece = int(config.decoding.chunk_ms) * SAMPLE_RATE_HZ // 1000
     times = []
@@ -60,7 +76,9 @@ def _chunk_times(
         begin = time.perf_counter()
         stream.accept(samples[start : start + piece])
         if recognizer.advance([stream]):
+            _ = stream.partial.text
             times.append(time.perf_counter() - begin)
+        stream.take()
     if times:
         return times
     begin = time.perf_counter()

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 
 import numpy as np
 import torch
 
 from asr.bench.streaming.model import model_of, noise
-from asr.decoding.streaming import StreamingRecognizer
+from asr.decoding.compute_time import chunk_times
 from asr.decoding.token_delays import LOOKAHEAD_MS
 
 
@@ -33,19 +32,8 @@ def run(args: argparse.Namespace) -> int:
     samples = noise(args.audio_s, 0)
     settings = [f"decoding.chunk_ms={args.chunk_ms}", f"decoding.left_context_ms={args.left_context_ms}"]
     model, tokenizer, experiment = model_of(args.preset, settings, [samples[: 16000 * 20]])
-    recognizer = StreamingRecognizer(model, tokenizer, experiment)
-    stream = recognizer.open()
-    size = 16 * args.chunk_ms
-    times = []
-    for start in range(0, len(samples) - size, size):
-        begin = time.perf_counter()
-        stream.accept(samples[start : start + size])
-        went_on = recognizer.advance([stream])
-        _ = stream.partial.text
-        if went_on:
-            times.append(1e3 * (time.perf_counter() - begin))
-        stream.take()
-    late = np.array(times[5:])  # the first chunks also ready kernels
+    times = chunk_times(model, tokenizer, experiment, samples, endpoints=True)
+    late = 1e3 * np.array(times[5:])  # the first chunks also ready kernels
     percentiles = {f"{name}_ms": round(float(np.percentile(late, q)), 2) for name, q in (("median", 50), ("p95", 95))}
     result = {
         "preset": args.preset,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -23,17 +22,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from asr.bench.kills import children
-from asr.checkpoint import step_checkpoints
 from asr.errors import StartAgain, Terminated, UserError
 from asr.training.faults import BadBatches, Termination, TooManyBadBatches
-from asr.training.launch import torchrun
 from asr.training.ranks import Ranks, _meet, one_speaks, place
 from asr.training.trainer import Trainer
 from asr.training.trainer_config import ParallelConfig
 from tests.asr.training.runs import (
     NO_DROPOUT,
-    SETTINGS,
     experiment,
     make_trainer,
     newest,
@@ -221,37 +216,6 @@ def test_a_signal_while_processes_ask_each_other_is_not_lost() -> None:
     assert stop.requested
     with pytest.raises(Terminated):
         Trainer._check(trainer, stop)
-
-
-def command(data: Path, out: Path, *settings: str) -> list[str]:
-    words = ["--out-dir", str(out), "--device", "cpu", "--train-cuts", str(data / "cuts_train.jsonl.gz")]
-    words += ["--valid-cuts", str(data / "cuts_valid.jsonl.gz")]
-    return torchrun(2, 1, "train", *words, *(f"--set={setting}" for setting in (*SETTINGS, *ALL_BATCHES, *settings)))
-
-
-def test_torchrun_trains_and_a_killed_worker_comes_back(data: Path, tmp_path: Path) -> None:
-    """SIGKILL to one worker: all start anew from the newest checkpoint, and end with what a run in peace ends with.
-
-    Also where the command says --resume none, which is where the run began and not where it goes on.
-    """
-    limits = ["parallel.zero=3", "training.max_epochs=6", "training.checkpoint_every_steps=1", "training.keep_last=3"]
-    peace = subprocess.run(command(data, tmp_path / "peace", *limits), capture_output=True, text=True, timeout=300)
-    assert peace.returncode == 0, peace.stderr[-3000:]
-    assert re.search(r"finished at step \d+; report", peace.stdout) and peace.stdout.count("finished at step") == 1
-    anew = [*command(data, tmp_path / "killed", *limits), "--resume", "none"]
-    process = subprocess.Popen(anew, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 120
-    while len(step_checkpoints(tmp_path / "killed" / "checkpoints")) < 2:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    os.kill(children(process.pid)[-1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
-    assert "resumed from" in output
-    assert "was ended by SIGKILL; all start anew at the newest checkpoint (1 of 1 times)" in output
-    left, right = newest(tmp_path / "peace"), newest(tmp_path / "killed")
-    assert left["step"] == right["step"]
-    assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])
 
 
 LEAVE = """

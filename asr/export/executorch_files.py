@@ -1,8 +1,8 @@
 """Target "executorch": .pte programs for phones and boards, on XNNPACK; one stream a call.
 
 encoder.pte has the state of the stream as its inputs and results, in the order of ``StreamingEncoder``, the count of
-frames as a float; decoder.pte is the predictor. All sizes are fixed. In int8, weights of linear layers have 8 bits,
-with a scale for each output, and their inputs are rounded to 8 bits as they come.
+frames as a float; decoder.pte is the predictor. All sizes are fixed. In int8, weights of the linear layers that
+``quantize`` chose have 8 bits.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from asr.checkpoint import Loaded
+from asr.export.executorch_int8 import SMALLEST_SCALE, ModelDevelopment, layers_of
 from asr.export.modules import search_parts, streaming_encoder, write_geometry
+from asr.export.quantize import QUANTIZED, choose_int8
 from asr.export.spec import Spec, Written
-from asr.export.transducer_files import PARTS, check_model, write_tokens
+from asr.export.transducer_files import check_model, write_tokens
 
 
 def check(loaded: Loaded, spec: Spec) -> None:
@@ -41,13 +44,13 @@ def _quietly() -> Iterator[None]:
         logging.disable(before)
 
 
-def program(module: nn.Module, inputs: Sequence[Tensor], int8: bool) -> bytes:
+def program(module: nn.Module, inputs: Sequence[Tensor], int8: Collection[str] = ()) -> bytes:
     """The content of a .pte file.
 
     Args:
         module: in evaluation mode.
         inputs: examples; their sizes are the only ones that it takes.
-        int8: linear layers with weights of 8 bits.
+        int8: names, in the module, of linear layers with weights of 8 bits.
     """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
         XnnpackDynamicallyQuantizedPartitioner,
@@ -60,22 +63,31 @@ def program(module: nn.Module, inputs: Sequence[Tensor], int8: bool) -> bytes:
     with _quietly(), torch.no_grad():
         exported = torch.export.export(module.eval(), arguments, strict=False)
         if int8:
-            exported = torch.export.export(_int8(exported.module(), arguments), arguments, strict=False)
+            exported = torch.export.export(_int8(exported.module(), arguments, int8), arguments, strict=False)
             partitioners.insert(0, XnnpackDynamicallyQuantizedPartitioner())
         lowered = to_edge_transform_and_lower(exported, partitioner=partitioners)
         return bytes(lowered.to_executorch().buffer)
 
 
-def _int8(module: nn.Module, arguments: tuple[Tensor, ...]) -> nn.Module:
-    """The exported module with its linear layers quantised."""
+def _int8(module: nn.Module, arguments: tuple[Tensor, ...], layers: Collection[str]) -> nn.Module:
+    """The exported module with these linear layers quantised."""
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
     )
+    from torchao.quantization.pt2e import PerChannelMinMaxObserver
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+    weights = {f"{name}.weight" for name in layers}
+
+    def chosen(node: torch.fx.Node) -> bool:
+        return any(isinstance(x, torch.fx.Node) and str(x.target) in weights for x in node.args)
+
     how = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
-    prepared = prepare_pt2e(module, XNNPACKQuantizer().set_module_type(nn.Linear, how))
+    # its own least scale is 2**-12: of rows all below 0.03 it would leave a few steps of the 255
+    observer = PerChannelMinMaxObserver.with_args(eps=SMALLEST_SCALE)
+    how = replace(how, weight=replace(how.weight, observer_or_fake_quant_ctr=observer))
+    prepared = prepare_pt2e(module, XNNPACKQuantizer().set_module_type(nn.Linear, how).set_filter_function(chosen))
     prepared(*arguments)
     found: nn.Module = convert_pt2e(prepared)
     return found
@@ -85,15 +97,21 @@ def write(loaded: Loaded, folder: Path, spec: Spec) -> Written:
     """Writes the programs into a folder."""
     model = loaded.model
     encoder, inputs, sizes = streaming_encoder(model, spec.chunk_ms, spec.left_context_ms, 1)
-    write_tokens(loaded.tokenizer, folder)
-    write_geometry(sizes, model.config.predictor.context_size, folder)
     # the count of frames as a float: quantised programs return whole numbers as floats
     parts = {"encoder": (encoder, {**inputs, "frames": torch.zeros(1)}), **search_parts(model, 1)}
-    files: dict[str, dict[str, str]] = {}
-    for precision in spec.precisions:
-        infix = "" if precision == "fp32" else f".{precision}"
-        files[precision] = {part: f"{part}{infix}.pte" for part in PARTS}
-        for part, (module, examples) in parts.items():
-            content = program(module, list(examples.values()), precision == "int8")
-            (folder / files[precision][part]).write_bytes(content)
-    return Written(files)
+    choice = None
+    if "int8" in spec.precisions:
+        choice = choose_int8(ModelDevelopment(loaded, spec), layers_of(model, parts), spec.max_wer_increase)
+        choice.save(folder)
+    write_tokens(loaded.tokenizer, folder)
+    write_geometry(sizes, model.config.predictor.context_size, folder)
+    files: dict[str, dict[str, str]] = {precision: {} for precision in spec.precisions}
+    for part, (module, examples) in parts.items():
+        for precision in spec.precisions:
+            small = precision == "int8" and part in QUANTIZED
+            files[precision][part] = f"{part}.int8.pte" if small else f"{part}.pte"
+            path = folder / files[precision][part]
+            if not path.exists():
+                int8 = choice.int8_nodes(part) if choice is not None and small else ()
+                path.write_bytes(program(module, list(examples.values()), int8))
+    return Written(files, [] if choice is None else choice.float_layers)

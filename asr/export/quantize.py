@@ -1,30 +1,26 @@
-"""Weights of 8 bits for ONNX files, layer by layer: those that do most harm stay in float until word errors hold.
+"""Weights of 8 bits, layer by layer: those that do most harm stay in float until word errors hold.
 
-Weight matrices become int8 with a scale for each column, of 7 bits, since the 16-bit sums of processors without VNNI
-overflow with more; activations are rounded to 8 bits as they come (onnxruntime's dynamic quantisation). What each
-matrix costs is measured on recordings with texts, in onnxruntime, with the search of ``asr.export.onnx_runner``.
+What each weight matrix costs is measured on recordings with texts, by a ``Development`` of the target: that of
+``onnx_int8`` runs the files themselves, that of ``executorch_int8`` the model with the same rounding.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch import nn
 
 from asr.checkpoint import Loaded
 from asr.data.features import load_samples
 from asr.decoding.score import ErrorCounts, align, count_errors, total, words_of
 from asr.errors import UserError
 from asr.export.eager import pad_for_devices
-from asr.export.onnx_runner import Recognizer, Stream
 from asr.export.spec import Spec
 
 TABLE = "int8.json"
@@ -33,7 +29,6 @@ QUANTIZED = ("encoder", "joiner")
 MOST_UTTERANCES = 200
 SCAN_UTTERANCES = 16
 """Of the development set: for word errors, and for the harm of single layers."""
-BATCH = 16
 
 
 @dataclass
@@ -43,7 +38,7 @@ class Layer:
     Args:
         name: of the layer in the model.
         part: "encoder" or "joiner".
-        node: of the graph.
+        node: of the graph in the part's file, by which the target finds it.
         parameters: numbers of the matrix.
         harm: mean Kullback-Leibler divergence, nats a frame, of the next token's distribution when this layer alone
             is int8, from that in float.
@@ -82,6 +77,14 @@ class Choice:
         """Names of the layers that stay in float."""
         return [layer.name for layer in self.layers if layer.precision == "fp32"]
 
+    def int8_nodes(self, part: str) -> list[str]:
+        """Nodes of a part's file that are int8."""
+        return [layer.node for layer in self.layers if layer.part == part and layer.precision == "int8"]
+
+    def save(self, folder: Path) -> None:
+        """Writes int8.json."""
+        (folder / TABLE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
     def table(self, rows: int = 8) -> str:
         """The most harmful layers, for a terminal."""
         lines = [f"  {'layer':<32} {'parameters':>10} {'harm, nats':>11}  precision"]
@@ -93,213 +96,103 @@ class Choice:
         return "\n".join(lines)
 
 
-def quantized(graph: Any, nodes: Sequence[str]) -> Any:
-    """The graph with the weights of these MatMul nodes in int8; metadata and opset stay, and so does ``graph``."""
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+class Development(ABC):
+    """Recordings with texts, and what a target hears in them with some layers in int8.
 
-    if not nodes:
-        return graph
-    every = [node.name for node in graph.graph.node if node.op_type == "MatMul"]
-    copied = onnx.ModelProto()  # what is quantised is changed
-    copied.CopyFrom(graph)
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # it advises a preparation that changes nothing for these graphs
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            path = Path(name) / "int8.onnx"
-            quantize_dynamic(
-                copied,
-                path,
-                op_types_to_quantize=["MatMul"],
-                nodes_to_exclude=[node for node in every if node not in set(nodes)],
-                per_channel=True,
-                reduce_range=True,
-                weight_type=QuantType.QInt8,
-                extra_options={"MatMulConstBOnly": True},
-            )
-            found = onnx.load(path)
-    finally:
-        root.setLevel(level)
-    del found.metadata_props[:]
-    found.metadata_props.extend(graph.metadata_props)
-    return found
+    Raises:
+        UserError: no recording has a text.
+    """
 
-
-def layers_of(model: nn.Module, graphs: dict[str, Any]) -> list[Layer]:
-    """Weight matrices of the graphs' products, with the names that they have in the model."""
-    import onnx
-
-    names = {
-        module.weight.detach().T.contiguous().numpy().tobytes(): name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    found = []
-    for part in QUANTIZED:
-        weights = {entry.name: entry for entry in graphs[part].graph.initializer}
-        for node in graphs[part].graph.node:
-            if node.op_type == "MatMul" and node.input[1] in weights:
-                matrix = onnx.numpy_helper.to_array(weights[node.input[1]])
-                found.append(Layer(names.get(matrix.tobytes(), node.name), part, node.name, matrix.size))
-    return found
-
-
-class _Development:
-    """Recordings with texts, and what float files hear in them."""
-
-    def __init__(self, loaded: Loaded, folder: Path, spec: Spec):
+    def __init__(self, loaded: Loaded, spec: Spec):
         assert spec.development is not None
         cuts = [cut for cut in spec.development if cut.supervisions]
         if not cuts:
             raise UserError("int8 needs a development set, and it holds no recording with a text; pass other --cuts")
         step = max(1, math.ceil(len(cuts) / MOST_UTTERANCES))
-        self.cuts = cuts[::step]
-        self.texts = [" ".join(part.text for part in cut.supervisions) for cut in self.cuts]
-        self.waveforms = [pad_for_devices(load_samples(cut), spec.chunk_ms) for cut in self.cuts]
-        self.tokenizer = loaded.tokenizer
-        self.recognizer = Recognizer(folder)
-        self._float = self.recognizer._encoder, self.recognizer._joiner
-        self.float_errors = self.errors()
-        self.scanned = min(SCAN_UTTERANCES, len(self.cuts))
-        self._frames = self._encoded()
-        self._context = self._contexts()
-        self._log_probs = self._distribution(self._frames)
+        self.texts = [" ".join(part.text for part in cut.supervisions) for cut in cuts[::step]]
+        self.waveforms = [pad_for_devices(load_samples(cut), spec.chunk_ms) for cut in cuts[::step]]
+        self.scanned = min(SCAN_UTTERANCES, len(self.texts))
+        self._tokenizer = loaded.tokenizer
 
-    def _streams(self, waveforms: Sequence[np.ndarray]) -> list[Stream]:
-        streams = []
-        for samples in waveforms:
-            stream = self.recognizer.open()
-            stream.accept(samples)
-            stream.finish(tail=False)
-            streams.append(stream)
-        return streams
+    @abstractmethod
+    def hear(self, int8: Sequence[Layer]) -> list[list[int]]:
+        """Tokens of each recording with these layers in int8."""
 
-    def errors(self) -> ErrorCounts:
-        """Word errors of the recognizer as it is."""
-        counts = []
-        for start in range(0, len(self.cuts), BATCH):
-            part = slice(start, start + BATCH)
-            streams = self._streams(self.waveforms[part])
-            while self.recognizer.advance(streams):
-                pass
-            for stream, text in zip(streams, self.texts[part], strict=True):
-                counts.append(count_errors(align(words_of(text), words_of(self.tokenizer.decode(stream.tokens)))))
-        return total(counts)
+    @abstractmethod
+    def log_probs(self, int8: Sequence[Layer]) -> np.ndarray:
+        """Log-probabilities [T, V] of the next token, float64, at all frames of the recordings of the scan: of the
+        encoder's frames and the joiner with these layers in int8, after the tokens that the float files hear."""
 
-    def _encoded(self) -> list[np.ndarray]:
-        """Encoder frames [T', J] of each recording of the scan."""
-        streams = self._streams(self.waveforms[: self.scanned])
-        outs: list[list[np.ndarray]] = [[] for _ in streams]
-        while ready := [i for i, stream in enumerate(streams) if stream.ready]:
-            for i, frames in zip(ready, self.recognizer.encode([streams[i] for i in ready]), strict=True):
-                outs[i].append(frames)
-        return [np.concatenate(parts) for parts in outs if parts]
+    @cached_property
+    def _float_log_probs(self) -> np.ndarray:
+        return self.log_probs([])
 
-    def _contexts(self) -> np.ndarray:
-        """Predictor output [T, J] that the search of the float files has at each frame of the scan."""
-        found = []
-        for frames in self._frames:
-            stream = self.recognizer.open()
-            for frame in frames:
-                found.append(stream.decoder_out)
-                self.recognizer._search(stream, frame[None])
-        return np.stack(found)
+    def errors(self, int8: Sequence[Layer]) -> ErrorCounts:
+        """Word errors with these layers in int8."""
+        heard = zip(self.texts, self.hear(int8), strict=True)
+        return total(
+            [count_errors(align(words_of(text), words_of(self._tokenizer.decode(tokens)))) for text, tokens in heard]
+        )
 
-    def _distribution(self, frames: list[np.ndarray]) -> np.ndarray:
-        """Log-probabilities [T, V] of the next token, float64."""
-        logits = self.recognizer._join(np.concatenate(frames), self._context).astype(np.float64)
-        logits -= logits.max(1, keepdims=True)
-        return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    def harm(self, layer: Layer) -> float:
+        """Divergence from float, nats a frame, with this layer alone in int8."""
+        before, now = self._float_log_probs, self.log_probs([layer])
+        return float((np.exp(before) * (before - now)).sum(1).mean())
 
-    def harm(self) -> float:
-        """Divergence of the recognizer as it is from the float files, nats a frame."""
-        encoder = self.recognizer._encoder is not self._float[0]
-        now = self._distribution(self._encoded() if encoder else self._frames)
-        return float((np.exp(self._log_probs) * (self._log_probs - now)).sum(1).mean())
 
-    def use(self, graphs: dict[str, Any]) -> None:
-        """Let the recognizer run these graphs, and the float files of the other parts."""
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        sessions = {
-            part: onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-            for part, graph in graphs.items()
-        }
-        self.recognizer._encoder = sessions.get("encoder", self._float[0])
-        self.recognizer._joiner = sessions.get("joiner", self._float[1])
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Of rows [T, V], float64."""
+    logits = logits.astype(np.float64)
+    logits -= logits.max(1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))  # type: ignore[no-any-return]
 
 
 def choose_int8(
-    loaded: Loaded, graphs: dict[str, Any], folder: Path, spec: Spec, say: Callable[[str], None] = print
-) -> tuple[dict[str, Any], Choice]:
-    """Graphs of the parts in ``QUANTIZED`` with as many matrices in int8 as word errors allow, and how it was chosen.
+    development: Development, layers: Sequence[Layer], max_wer_increase: float, say: Callable[[str], None] = print
+) -> Choice:
+    """As many layers in int8 as word errors allow.
 
     Args:
-        loaded: the model of the graphs.
-        graphs: "encoder", "decoder" and "joiner" in float.
-        folder: where the float files are.
-        spec: chunk, development set, and how many percent more of its words may be wrong.
+        development: of the target.
+        layers: all that may be int8.
+        max_wer_increase: how many percent more of the development set's words may be wrong.
 
     Raises:
-        UserError: no development set, or no matrix can be int8 within the limit.
+        UserError: no layer can be int8 within the limit.
     """
-    development = _Development(loaded, folder, spec)
-    most = development.float_errors.rate + spec.max_wer_increase / 100
-    layers = layers_of(loaded.model, graphs)
-    words = f"{len(development.cuts)} recordings: {development.float_errors}"
+    layers = list(layers)
+    float_errors = development.errors([])
+    most = float_errors.rate + max_wer_increase / 100
+    words = f"{len(development.texts)} recordings: {float_errors}"
     say(f"int8: {len(layers)} layers one by one on {development.scanned} recordings; word errors on {words}")
     for layer in layers:
-        development.use({layer.part: quantized(graphs[layer.part], [layer.node])})
-        layer.harm = development.harm()
+        layer.harm = development.harm(layer)
     layers.sort(key=lambda layer: -layer.harm)
-    choice = Choice(
-        len(development.cuts),
-        development.scanned,
-        spec.max_wer_increase,
-        round(100 * development.float_errors.rate, 3),
-        layers=layers,
-    )
+    counts = len(development.texts), development.scanned
+    choice = Choice(*counts, max_wer_increase, round(100 * float_errors.rate, 3), layers=layers)
 
-    def attempt(left: int) -> dict[str, Any] | None:
-        """Graphs with the ``left`` most harmful layers in float, if they hold."""
-        chosen = {
-            part: quantized(graphs[part], [layer.node for layer in layers[left:] if layer.part == part])
-            for part in QUANTIZED
-        }
-        development.use(chosen)
-        errors = development.errors()
+    def holds(left: int) -> bool:
+        """Whether word errors are within the limit with the ``left`` most harmful layers in float."""
+        errors = development.errors(layers[left:])
         choice.tries[left] = round(100 * errors.rate, 3)
         say(f"int8: {left} of {len(layers)} layers in float: {errors}")
-        return chosen if errors.rate <= most + 1e-9 else None
+        return errors.rate <= most + 1e-9
 
-    held, left = attempt(0), 0
-    low, step = -1, 1
-    while held is None:
-        low, left = left, min(left + step, len(layers))
+    low, left, step = -1, 0, 1
+    while not holds(left):
+        low, left, step = left, min(left + step, len(layers)), 2 * step
         if left == len(layers):
             raise UserError(
-                f"no layer can be int8: word errors rise by more than export.max_wer_increase={spec.max_wer_increase}; "
+                f"no layer can be int8: word errors rise by more than export.max_wer_increase={max_wer_increase}; "
                 "export fp32, or allow more"
             )
-        held, step = attempt(left), 2 * step
     while left - low > 1:  # fewer may do
         middle = (low + left) // 2
-        better = attempt(middle)
-        if better is None:
-            low = middle
+        if holds(middle):
+            left = middle
         else:
-            held, left = better, middle
+            low = middle
     for layer in layers[:left]:
         layer.precision = "fp32"
     say(choice.table())
-    return held, choice
-
-
-def save_choice(choice: Choice, folder: Path) -> None:
-    """Writes int8.json."""
-    (folder / TABLE).write_text(json.dumps(asdict(choice), indent=1) + "\n", encoding="utf-8")
+    return choice

@@ -16,7 +16,8 @@ from asr.data.tokenizer import Tokenizer
 from asr.errors import UserError
 from asr.export.modules import PackedStreamingEncoder, geometry, offline_encoder, search_parts
 from asr.export.onnx_graph import onnx_graph
-from asr.export.quantize import choose_int8, save_choice
+from asr.export.onnx_int8 import OnnxDevelopment, layers_of, quantized
+from asr.export.quantize import QUANTIZED, choose_int8
 from asr.export.spec import Spec, Written
 from asr.models.context import Milliseconds, context
 
@@ -137,8 +138,10 @@ def write_transducer(loaded: Loaded, folder: Path, spec: Spec) -> Written:
         onnx.save(graph, folder / files["fp32"][part])
     if "int8" not in spec.precisions:
         return Written(files)
-    chosen, choice = choose_int8(loaded, graphs, folder, spec)
-    save_choice(choice, folder)
+    development = OnnxDevelopment(loaded, graphs, folder, spec)
+    choice = choose_int8(development, layers_of(loaded.model, graphs), spec.max_wer_increase)
+    choice.save(folder)
+    chosen = {part: quantized(graphs[part], choice.int8_nodes(part)) for part in QUANTIZED}
     files["int8"] = files["fp32"] | {part: f"{part}.int8.onnx" for part in chosen}
     for part, graph in chosen.items():
         onnx.save(graph, folder / files["int8"][part])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from lhotse import CutSet
 from asr import checkpoint
 from asr.checkpoint import Loaded
 from asr.config import load_experiment
+from asr.data.features import load_samples
 from asr.decoding.load import load_for_decoding
+from asr.export.eager import hear_streams, pad_for_devices
 from asr.models.transducer import Transducer
 from tests.asr.decoding.corpus import tokenizer, write_cuts
 from tests.asr.decoding.test_real_model import SETTINGS, make_model
@@ -46,3 +49,15 @@ def cuts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cuts(cuts_file: Path) -> CutSet:
     return CutSet.from_file(cuts_file).to_eager()
+
+
+@pytest.fixture(scope="session")
+def heard(loaded: Loaded, cuts: CutSet) -> CutSet:
+    """The recordings with what the float model hears as their texts: its word errors are 0."""
+    found = []
+    for cut in cuts:
+        parts = [pad_for_devices(load_samples(cut), 320)]
+        ((one,),) = hear_streams(loaded, [parts], 320, 640)
+        supervision = dataclasses.replace(cut.supervisions[0], text=loaded.tokenizer.decode(one.tokens))
+        found.append(dataclasses.replace(cut, supervisions=[supervision]))
+    return CutSet.from_cuts(found)

@@ -21,21 +21,6 @@ onnx = pytest.importorskip("onnx", reason="pip install 'transducer-asr[export]'"
 pytest.importorskip("onnxruntime", reason="pip install 'transducer-asr[export]'")
 
 
-@pytest.fixture(scope="module")
-def heard(loaded: Loaded, cuts: CutSet) -> CutSet:
-    """The recordings with what the float model hears as their texts: its word errors are 0."""
-    from asr.data.features import load_samples
-    from asr.export.eager import hear_streams, pad_for_devices
-
-    found = []
-    for cut in cuts:
-        parts = [pad_for_devices(load_samples(cut), 320)]
-        ((one,),) = hear_streams(loaded, [parts], 320, 640)
-        supervision = dataclasses.replace(cut.supervisions[0], text=loaded.tokenizer.decode(one.tokens))
-        found.append(dataclasses.replace(cut, supervisions=[supervision]))
-    return CutSet.from_cuts(found)
-
-
 def spec(development: CutSet | None, most: float = 100.0, *precisions: str) -> Spec:
     chosen = precisions or ("fp32", "int8")
     return Spec(320, 640, chosen, development, most)  # type: ignore[arg-type]
@@ -80,9 +65,9 @@ def test_the_worst_layer_stays_in_float(
     loaded: Loaded, trained: Path, heard: CutSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A layer whose int8 form is spoiled is found, and left in float; no other is."""
-    from asr.export import quantize
+    from asr.export import onnx_int8, transducer_files
 
-    real = quantize.quantized
+    real = onnx_int8.quantized
     spoilt = "encoder.blocks.1.ff1.down"
     matrix = loaded.model.get_submodule(spoilt).weight.detach().T.contiguous().numpy().tobytes()
 
@@ -98,7 +83,8 @@ def test_the_worst_layer_stays_in_float(
                         )
         return found
 
-    monkeypatch.setattr(quantize, "quantized", spoiling)
+    for module in (onnx_int8, transducer_files):
+        monkeypatch.setattr(module, "quantized", spoiling)
     manifest = export(loaded, trained, "onnx", tmp_path, spec(heard, 20.0))
     assert manifest.float_layers == [spoilt] == Manifest.load(tmp_path).float_layers
     table = json.loads((tmp_path / "int8.json").read_text())
@@ -112,15 +98,13 @@ def test_nothing_can_be_int8(
     from asr.decoding.score import ErrorCounts
     from asr.export import quantize
 
-    real = quantize._Development.errors
-    calls: list[int] = []
+    real = quantize.Development.errors
 
-    def worse(self) -> ErrorCounts:  # type: ignore[no-untyped-def]
-        calls.append(1)
-        found = real(self)
-        return found if len(calls) == 1 else dataclasses.replace(found, substitutions=found.substitutions + 99)
+    def worse(self, int8) -> ErrorCounts:  # type: ignore[no-untyped-def]
+        found = real(self, int8)
+        return dataclasses.replace(found, substitutions=found.substitutions + 99) if int8 else found
 
-    monkeypatch.setattr(quantize._Development, "errors", worse)
+    monkeypatch.setattr(quantize.Development, "errors", worse)
     with pytest.raises(
         UserError, match="no layer can be int8: .*export.max_wer_increase=0.3; export fp32, or allow more"
     ):

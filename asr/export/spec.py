@@ -41,7 +41,7 @@ class Written(NamedTuple):
     """
 
     files: dict[str, dict[str, str]]
-    float_layers: list[str] = []
+    float_layers: list[str]
 
 
 def read_spec(

@@ -66,4 +66,4 @@ def write(loaded: Loaded, folder: Path, spec: Spec) -> Written:
     files = {part: f"{part}.pt2" for part in PARTS}
     for part, name in files.items():
         torch.export.save({"encoder": encoder, **programs}[part], folder / name)
-    return Written({"fp32": files})
+    return Written({"fp32": files}, [])

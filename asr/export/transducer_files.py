@@ -137,7 +137,7 @@ def write_transducer(loaded: Loaded, folder: Path, spec: Spec) -> Written:
     for part, graph in graphs.items():
         onnx.save(graph, folder / files["fp32"][part])
     if "int8" not in spec.precisions:
-        return Written(files)
+        return Written(files, [])
     development = OnnxDevelopment(loaded, graphs, folder, spec)
     choice = choose_int8(development, layers_of(loaded.model, graphs), spec.max_wer_increase)
     choice.save(folder)

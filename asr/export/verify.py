@@ -64,7 +64,11 @@ class TensorDifference:
 
 @dataclass
 class PrecisionReport:
-    """One precision of one export in its runtime."""
+    """One precision of one export in its runtime.
+
+    Resident memory in MiB is that with the runtime imported and the recordings read (``runtime_mib``), after loading,
+    and at most until all recordings were heard one after another (``alone_mib``) and in all trials.
+    """
 
     precision: str
     ok: bool
@@ -82,6 +86,7 @@ class PrecisionReport:
     cold_start_s: float
     runtime_mib: float
     loaded_mib: float
+    alone_mib: float
     peak_mib: float
     step_ms_median: float
     step_ms_p95: float
@@ -276,6 +281,7 @@ def _judge(
         cold_start_s=round(found["cold_start_s"], 3),
         runtime_mib=round(memory["runtime"], 1),
         loaded_mib=round(memory["loaded"], 1),
+        alone_mib=round(memory["alone"], 1),
         peak_mib=round(memory["peak"], 1),
         step_ms_median=round(float(np.median(milliseconds)), 2),
         step_ms_p95=round(float(np.percentile(milliseconds, 95)), 2),

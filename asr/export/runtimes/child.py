@@ -138,15 +138,23 @@ def main(job_path: str, result_path: str) -> int:
     adapter: Adapter = adapter_class(Path(job["folder"]), job["precision"], job["options"])
     loaded_s = time.perf_counter() - began
     after = memory_mib()
+    trials, peaks = {}, {}
+    for name, trial in job["trials"].items():
+        trials[name] = run_trial(adapter, trial, waveforms)
+        peaks[name] = memory_mib()["peak"]  # of this one and those before it
     if hasattr(adapter, "tensors"):
         found = {n: adapter.tensors(waveforms[n]) for n in job["tensors"]}
         flat = {f"{name}/{n}": value for n, tensors in found.items() for name, value in tensors.items()}
         np.savez(job["tensors_file"], **flat)
-    trials = {name: run_trial(adapter, trial, waveforms) for name, trial in job["trials"].items()}
     result = {
         "version": adapter.version,
         "cold_start_s": loaded_s,
-        "memory_mib": {"runtime": before["now"], "loaded": after["now"], "peak": memory_mib()["peak"]},
+        "memory_mib": {
+            "runtime": before["now"],
+            "loaded": after["now"],
+            "alone": peaks.get("alone", 0.0),
+            "peak": max(peaks.values(), default=after["peak"]),
+        },
         "trials": trials,
     }
     Path(result_path).write_text(json.dumps(result), encoding="utf-8")

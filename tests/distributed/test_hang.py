@@ -100,7 +100,7 @@ def test_a_hung_process_is_named(name: str, zero: int, where: str, data: Path, t
 
 
 def _slow(ranks: Ranks, data: Path, out: Path) -> None:
-    settings = experiment(*SETTINGS, "parallel.hang_timeout_s=2")
+    settings = experiment(*SETTINGS, "parallel.hang_timeout_s=8")
     trainer = _compiled(make_trainer(settings, read_data(data), out, ranks))
     step, save = trainer.step, trainer.save
 
@@ -109,7 +109,7 @@ def _slow(ranks: Ranks, data: Path, out: Path) -> None:
         return step(*arguments)
 
     def slow_save():  # type: ignore[no-untyped-def]
-        time.sleep(3.0 * (ranks.rank == 0 and trainer.progress.step == 2))
+        time.sleep(10.0 * (ranks.rank == 0 and trainer.progress.step == 2))
         return save()
 
     trainer.step, trainer.save = slow_step, slow_save  # type: ignore[method-assign]

@@ -109,7 +109,7 @@ def _slow(ranks: Ranks, data: Path, out: Path) -> None:
         return step(*arguments)
 
     def slow_save():  # type: ignore[no-untyped-def]
-        time.sleep(10.0 * (ranks.rank == 0 and trainer.progress.step == 2))
+        time.sleep(5.0 * (ranks.rank == 0 and trainer.progress.step == 2))
         return save()
 
     trainer.step, trainer.save = slow_step, slow_save  # type: ignore[method-assign]

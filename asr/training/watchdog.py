@@ -1,9 +1,9 @@
 """Finds the process of a run that hangs while the others wait for it, names it with its stack, and ends all.
 
-A process that waits has entered a collective operation which the hung one has not: of processes without progress, the
-one that has entered the fewest is hung. Each process counts its own in a thread and posts the number in the store where
-the processes have met, which the threads of all of them read. A number that rises is progress: steps, validation and
-shared tensors need no marks of their own.
+A process that waits has entered a collective operation which the hung one has not: when none has made progress for too
+long, the one that has entered the fewest is hung. Each process counts its own in a thread and posts the number in the
+store where the processes have met, which the threads of all of them read. A number that rises is progress: steps,
+validation and shared tensors need no marks of their own.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def find_hung(states: list[State], seen: list[Seen], now: float, hang_s: float) 
     watched = [rank for rank, state in enumerate(states) if state.limit_s]
     silent = [rank for rank in watched if now - seen[rank].beat >= hang_s / 2]
     limits = {rank: hang_s if rank in silent else states[rank].limit_s for rank in watched}
-    stalled = [rank for rank in watched if now - seen[rank].progress >= limits[rank]]
+    # of any: one that has waited for long enters nothing either until the others let it go on
+    progress = max((seen[rank].progress for rank in watched), default=now)
+    stalled = [rank for rank in watched if now - progress >= limits[rank]]
     fewest = min((states[rank].collectives for rank in watched), default=0)
     return [r for r in stalled if r in silent] or [r for r in stalled if states[r].collectives == fewest]
 

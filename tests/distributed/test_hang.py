@@ -100,8 +100,7 @@ def test_a_hung_process_is_named(name: str, zero: int, where: str, data: Path, t
 
 
 def _slow(ranks: Ranks, data: Path, out: Path) -> None:
-    settings = experiment(*SETTINGS, "parallel.hang_timeout_s=8")
-    trainer = _compiled(make_trainer(settings, read_data(data), out, ranks))
+    trainer = _compiled(make_trainer(experiment(*SETTINGS), read_data(data), out, ranks))
     step, save = trainer.step, trainer.save
 
     def slow_step(*arguments):  # type: ignore[no-untyped-def]
@@ -109,7 +108,7 @@ def _slow(ranks: Ranks, data: Path, out: Path) -> None:
         return step(*arguments)
 
     def slow_save():  # type: ignore[no-untyped-def]
-        time.sleep(5.0 * (ranks.rank == 0 and trainer.progress.step == 2))
+        time.sleep(2 * LIMIT_S * (ranks.rank == 0 and trainer.progress.step == 2))
         return save()
 
     trainer.step, trainer.save = slow_step, slow_save  # type: ignore[method-assign]
@@ -134,6 +133,8 @@ def test_who_hangs() -> None:
     assert hung(waits, works) == []
     assert hung(waits, (7, 10.0, 10.0, 1.0)) == [1]
     assert hung(waits, (7, 60.0, 30.0, 1.0)) == []  # writes a checkpoint
+    assert hung((8, 10.0, 1.0, 1.0), (7, 10.0, 30.0, 1.0)) == []  # has waited for long, and may go on since 1 s
+    assert hung((8, 10.0, 10.0, 1.0), (7, 10.0, 30.0, 1.0)) == [1]
     assert hung(waits, (8, 10.0, 10.0, 6.0)) == [1]  # stopped within an operation that it has entered
     assert hung(waits, (7, 60.0, 10.0, 10.0)) == [1]  # or while it wrote a checkpoint
     assert hung(waits, waits) == [0, 1]

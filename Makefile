@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-# so many processes share the tests, with a thread each: make test JOBS=8 where cores and memory (2 GB each) allow
+# so many processes share the tests, a thread each: make test JOBS=8 where cores and memory (2 GB each) allow
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 # what decides the contents of .venv; a change of any of it sets .venv up anew
@@ -41,10 +41,10 @@ demo: setup
 test: setup
 	$(PYTEST)
 
-test-slow: setup executorch
+test-slow: executorch
 	$(PYTEST) -m slow --slow one
 
-test-all: setup executorch
+test-all: executorch
 	$(PYTEST) --slow all
 
 # what only slow tests need

@@ -129,6 +129,15 @@ def total(counts: Iterable[ErrorCounts]) -> ErrorCounts:
     return ErrorCounts(*(sum(column) for column in zip(*rows, strict=True))) if rows else ErrorCounts(0, 0, 0, 0)
 
 
+def word_errors(refs: Iterable[str], hyps: Iterable[str]) -> ErrorCounts:
+    """Of texts and what was heard of them, all together.
+
+    Raises:
+        ValueError: not as many of the ones as of the others.
+    """
+    return total(count_errors(align(words_of(ref), words_of(hyp))) for ref, hyp in zip(refs, hyps, strict=True))
+
+
 def score(results: Sequence[Transcribed], *, replications: int = 10_000, seed: int = 0) -> Score:
     """Score a test set.
 

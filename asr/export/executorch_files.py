@@ -99,19 +99,19 @@ def write(loaded: Loaded, folder: Path, spec: Spec) -> Written:
     encoder, inputs, sizes = streaming_encoder(model, spec.chunk_ms, spec.left_context_ms, 1)
     # the count of frames as a float: quantised programs return whole numbers as floats
     parts = {"encoder": (encoder, {**inputs, "frames": torch.zeros(1)}), **search_parts(model, 1)}
-    choice = None
+    write_tokens(loaded.tokenizer, folder)
+    write_geometry(sizes, model.config.predictor.context_size, folder)
+    files = {"fp32": {part: f"{part}.pte" for part in parts}}
+    int8: dict[str, Collection[str]] = {}  # of files that are not in float
+    float_layers: list[str] = []
     if "int8" in spec.precisions:
         choice = choose_int8(ModelDevelopment(loaded, spec), layers_of(model, parts), spec.max_wer_increase)
         choice.save(folder)
-    write_tokens(loaded.tokenizer, folder)
-    write_geometry(sizes, model.config.predictor.context_size, folder)
-    files: dict[str, dict[str, str]] = {precision: {} for precision in spec.precisions}
+        files["int8"] = files["fp32"] | {part: f"{part}.int8.pte" for part in QUANTIZED}
+        int8 = {files["int8"][part]: choice.int8_nodes(part) for part in QUANTIZED}
+        float_layers = choice.float_layers
+    files = {precision: files[precision] for precision in spec.precisions}
     for part, (module, examples) in parts.items():
-        for precision in spec.precisions:
-            small = precision == "int8" and part in QUANTIZED
-            files[precision][part] = f"{part}.int8.pte" if small else f"{part}.pte"
-            path = folder / files[precision][part]
-            if not path.exists():
-                int8 = choice.int8_nodes(part) if choice is not None and small else ()
-                path.write_bytes(program(module, list(examples.values()), int8))
-    return Written(files, [] if choice is None else choice.float_layers)
+        for name in {names[part] for names in files.values()}:
+            (folder / name).write_bytes(program(module, list(examples.values()), int8.get(name, ())))
+    return Written(files, float_layers)

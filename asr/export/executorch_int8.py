@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from asr.checkpoint import Loaded
 from asr.export.eager import Heard, hear_streams
 from asr.export.modules import JoinerLogits, Predictor
-from asr.export.quantize import QUANTIZED, Development, Layer, log_softmax
+from asr.export.quantize import QUANTIZED, Development, Layer
 from asr.export.spec import Spec
 from asr.models.transducer import Transducer
 
@@ -120,4 +120,4 @@ class ModelDevelopment(Development):
             if any(layer.part == "encoder" for layer in int8):
                 frames = np.concatenate([heard.encoder_out for heard in self._hear(self.waveforms[: self.scanned])])
             logits = JoinerLogits(self._loaded.model)(torch.from_numpy(frames), self._context)
-        return log_softmax(logits.numpy())
+        return logits.double().log_softmax(-1).numpy()

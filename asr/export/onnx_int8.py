@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import log_softmax
 from torch import nn
 
 from asr.checkpoint import Loaded
 from asr.export.onnx_runner import Recognizer, Stream
-from asr.export.quantize import QUANTIZED, Development, Layer, log_softmax
+from asr.export.quantize import QUANTIZED, Development, Layer
 from asr.export.spec import Spec
 
 BATCH = 16
@@ -115,7 +116,10 @@ class OnnxDevelopment(Development):
     def log_probs(self, int8: Sequence[Layer]) -> np.ndarray:
         self._use(int8)
         frames = self._encoded() if any(layer.part == "encoder" for layer in int8) else self._frames
-        return log_softmax(self.recognizer._join(np.concatenate(frames), self._context))
+        log_probs: np.ndarray = log_softmax(
+            self.recognizer._join(np.concatenate(frames), self._context).astype(np.float64), axis=1
+        )
+        return log_probs
 
     def _encoded(self) -> list[np.ndarray]:
         """Encoder frames [T', J] of each recording of the scan."""

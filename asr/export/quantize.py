@@ -18,7 +18,7 @@ import numpy as np
 
 from asr.checkpoint import Loaded
 from asr.data.features import load_samples
-from asr.decoding.score import ErrorCounts, align, count_errors, total, words_of
+from asr.decoding.score import ErrorCounts, word_errors
 from asr.errors import UserError
 from asr.export.eager import pad_for_devices
 from asr.export.spec import Spec
@@ -129,22 +129,12 @@ class Development(ABC):
 
     def errors(self, int8: Sequence[Layer]) -> ErrorCounts:
         """Word errors with these layers in int8."""
-        heard = zip(self.texts, self.hear(int8), strict=True)
-        return total(
-            [count_errors(align(words_of(text), words_of(self._tokenizer.decode(tokens)))) for text, tokens in heard]
-        )
+        return word_errors(self.texts, [self._tokenizer.decode(tokens) for tokens in self.hear(int8)])
 
     def harm(self, layer: Layer) -> float:
         """Divergence from float, nats a frame, with this layer alone in int8."""
         before, now = self._float_log_probs, self.log_probs([layer])
         return float((np.exp(before) * (before - now)).sum(1).mean())
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Of rows [T, V], float64."""
-    logits = logits.astype(np.float64)
-    logits -= logits.max(1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(1, keepdims=True))  # type: ignore[no-any-return]
 
 
 def choose_int8(

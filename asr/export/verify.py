@@ -16,7 +16,7 @@ import numpy as np
 from asr.checkpoint import Loaded
 from asr.data.fbank import Fbank
 from asr.data.features import load_samples
-from asr.decoding.score import ErrorCounts, align, count_errors, total, words_of
+from asr.decoding.score import word_errors
 from asr.errors import UserError
 from asr.export import find_target
 from asr.export.folder import Manifest, sha256_of
@@ -251,8 +251,8 @@ def _judge(
     tokenizer = loaded.tokenizer
     numbers = range(len(texts))
     heard_tokens = [expected.of([number])[0].tokens for number in numbers]
-    counts = _errors(texts, [tokenizer.decode(alone[number]["tokens"]) for number in numbers])
-    eager = _errors(texts, [tokenizer.decode(tokens) for tokens in heard_tokens])
+    counts = word_errors(texts, [tokenizer.decode(alone[number]["tokens"]) for number in numbers])
+    eager = word_errors(texts, [tokenizer.decode(tokens) for tokens in heard_tokens])
     increase = 100 * (counts.rate - eager.rate)
     reason = ""
     if not any(heard_tokens):
@@ -287,11 +287,6 @@ def _judge(
         step_ms_p95=round(float(np.percentile(milliseconds, 95)), 2),
         real_time_factor=0.0,
     )
-
-
-def _errors(texts: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
-    pairs = zip(texts, hypotheses, strict=True)
-    return total(count_errors(align(words_of(text), words_of(hypothesis))) for text, hypothesis in pairs)
 
 
 def _compare_tensors(

@@ -20,6 +20,7 @@ from asr.training.ranks import Ranks
 from tests.asr.training.runs import experiment, make_trainer, read_data
 
 SGD = 0.05  # learning rate
+ALL_BATCHES = ["data.max_duration_s=1.3", "data.spec_augment.prob=0"]
 
 # A process of a test begins as a copy of one that has imported these, which takes longer than most tests themselves.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
@@ -39,26 +40,26 @@ def together(size: int, function: Callable[..., None], *arguments: Any) -> None:
 
 def start(size: int, function: Callable[..., None], *arguments: Any) -> torch.multiprocessing.ProcessContext:
     """Begins to call function(ranks, *arguments) in so many processes on CPU."""
-    return processes.start(size, "cpu", _as_here, _Outputs(), function, *arguments, start_method="forkserver")
+    return processes.start(size, "cpu", _on_cpu, _Here(function), *arguments, start_method="forkserver")
 
 
-class _Outputs:
-    """Unpickled in a copy of the server of copies, it makes that write where this process does, not where the server
-    does, which began in some other test."""
+class _Here:
+    """A function that, sent to a copy of the server of copies, makes that write where this process does: the server
+    itself began in some other test."""
+
+    def __init__(self, function: Callable[..., None]):
+        self.function = function
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _write_to, (DupFd(1), DupFd(2))
+        return _write_to, (self.function, DupFd(1), DupFd(2))
 
 
-def _write_to(*outputs: Any) -> None:
+def _write_to(function: Callable[..., None], *outputs: Any) -> Callable[..., None]:
     for number, output in enumerate(outputs, start=1):
         there = output.detach()
         os.dup2(there, number)
         os.close(there)
-
-
-def _as_here(ranks: Ranks, device: str, _: None, function: Callable[..., None], *arguments: Any) -> None:
-    _on_cpu(ranks, device, function, *arguments)
+    return function
 
 
 def _on_cpu(ranks: Ranks, device: str, function: Callable[..., None], *arguments: Any) -> None:

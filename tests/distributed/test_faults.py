@@ -37,10 +37,9 @@ from tests.asr.training.runs import (
     spoil,
     write_data,
 )
-from tests.distributed.processes import together
+from tests.distributed.processes import ALL_BATCHES, together
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-ALL_BATCHES = ["data.max_duration_s=1.3", "data.spec_augment.prob=0"]
 
 
 def test_torchrun_says_where_a_process_is() -> None:

@@ -19,8 +19,7 @@ from asr.bench.kills import children
 from asr.checkpoint import step_checkpoints
 from asr.training.launch import torchrun
 from tests.asr.training.runs import SETTINGS, newest
-
-ALL_BATCHES = ["data.max_duration_s=1.3", "data.spec_augment.prob=0"]
+from tests.distributed.processes import ALL_BATCHES
 
 
 def command(data: Path, out: Path, *settings: str) -> list[str]:
@@ -35,7 +34,7 @@ def test_torchrun_trains_and_a_killed_worker_comes_back(data: Path, tmp_path: Pa
 
     Also where the command says --resume none, which is where the run began and not where it goes on.
     """
-    limits = ["parallel.zero=3", "training.max_epochs=4", "training.checkpoint_every_steps=1", "training.keep_last=3"]
+    limits = ["parallel.zero=3", "training.max_epochs=6", "training.checkpoint_every_steps=1", "training.keep_last=3"]
     peace = subprocess.run(command(data, tmp_path / "peace", *limits), capture_output=True, text=True, timeout=300)
     assert peace.returncode == 0, peace.stderr[-3000:]
     assert re.search(r"finished at step \d+; report", peace.stdout) and peace.stdout.count("finished at step") == 1

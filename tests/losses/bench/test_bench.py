@@ -92,7 +92,7 @@ def test_the_trivial_joiner_changes_no_other_tensor() -> None:
 
 
 def test_json_lines(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    methods = ["yardstick", "samplewise", "pruned"]
+    methods = [m for m in ("yardstick", "batched", "samplewise", "fused", "pruned") if m in ("yardstick", *LOSSES)]
     arguments = ["--case", "tiny", "--method", ",".join(methods), "--samples", "1", "--threads", "1"]
     assert command.main([*arguments, "--allow-load", "--json", "--out", str(tmp_path / "new" / "out")]) == 0
     lines = capfd.readouterr().out

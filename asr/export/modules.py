@@ -80,9 +80,9 @@ def write_geometry(sizes: Geometry, context_size: int, folder: Path) -> None:
 class StreamingEncoder(nn.Module):
     """One chunk of each stream, with the joiner's projection of the encoder's output.
 
-    Inputs are the features [N, 4 C + 3, F] and the tensors of a ``ConformerState`` by themselves, keys and values
-    [N, B, L, D] of B blocks, conv [N, B, K - 1, D], frames [N] int64, clock [N, d / 2]; results are encoder_out
-    [N, C, J] and the tensors of the next state.
+    Inputs are the features [N, 4 C + 3, F] and what a ``ConformerState`` holds, that of the blocks in one: keys and
+    values [N, B, L, D] of B blocks, conv [N, B, K - 1, D], frames [N] int64, clock [N, d / 2]; results are encoder_out
+    [N, C, J] and the same of the next state.
     """
 
     def __init__(self, model: Transducer):
@@ -93,8 +93,16 @@ class StreamingEncoder(nn.Module):
     def forward(
         self, x: Tensor, keys: Tensor, values: Tensor, conv: Tensor, frames: Tensor, clock: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        enc, state = self.encoder.step(x, ConformerState(keys, values, conv, frames, clock))
-        return (self.joiner_proj(enc), *state)
+        caches = (cache.unbind(1) for cache in (keys, values, conv))
+        blocks = tuple(BlockState(*own) for own in zip(*caches, strict=True))
+        enc, state = self.encoder.step(x, ConformerState(blocks, frames, clock))
+        return (self.joiner_proj(enc), *plain_state(state).values())  # type: ignore[return-value]
+
+
+def plain_state(state: ConformerState) -> dict[str, Tensor]:
+    """A state as files take it: by name, keys, values and conv of the blocks in one tensor each."""
+    caches = {name: torch.stack([getattr(block, name) for block in state.blocks], dim=1) for name in BlockState._fields}
+    return {**caches, "frames": state.frames, "clock": state.clock}
 
 
 class PackedStreamingEncoder(nn.Module):
@@ -120,13 +128,13 @@ class PackedStreamingEncoder(nn.Module):
         unused = 2 * half - (self.sizes.conv_kernel - 1)  # frames before the first of an odd number
         attn = [row.transpose(0, 1) for row in cached_attn.unbind(0)]
         conv = [row.transpose(0, 1) for row in cached_conv.unbind(0)]
-        blocks = [
+        before = tuple(
             BlockState(attn[i], attn[count + i], torch.cat([conv[i], conv[count + i]], dim=1)[:, unused:])
             for i in range(count)
-        ]
+        )
         counter = attn[-1][:, 0]
         frames, clock = counter[:, 0].long(), counter[:, 1 : 1 + self.sizes.clock_size]
-        enc, blocks, frames, clock = self.encoder.step_blocks(x, blocks, frames, clock)
+        enc, (blocks, frames, clock) = self.encoder.step(x, ConformerState(before, frames, clock))
         counter = torch.cat([frames.to(x.dtype)[:, None], clock], dim=1)
         counter = F.pad(counter, (0, self.sizes.dim - 1 - self.sizes.clock_size))
         halves = [F.pad(block.conv, (0, 0, unused, 0)) if unused else block.conv for block in blocks]
@@ -193,7 +201,7 @@ def streaming_encoder(
     sizes = geometry(model, *context(chunk_ms, left_context_ms))
     state = model.encoder.init_state(batch_size, sizes.left_frames)
     features = torch.zeros(batch_size, sizes.feature_frames, sizes.num_mel_bins)
-    return StreamingEncoder(model), {"x": features, **state._asdict()}, sizes
+    return StreamingEncoder(model), {"x": features, **plain_state(state)}, sizes
 
 
 def offline_encoder(model: Transducer) -> tuple[nn.Module, dict[str, Tensor]]:

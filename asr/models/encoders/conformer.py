@@ -52,32 +52,33 @@ class ConformerConfig:
             raise ValueError(f"model.encoder.dropout={self.dropout} is outside [0, 1)")
 
 
-class ConformerState(NamedTuple):
-    """What a batch of streams remembers; a stream is a row of each tensor, so rows may be taken, moved and put back.
+class BlockState(NamedTuple):
+    """What a block remembers of B streams: the latest frames, oldest first, and zeros before the first of a stream.
 
-    A cache holds the latest frames, oldest first; a stream that began fewer frames ago has zeros before them.
-
-    keys: [B, N, L, D] of N blocks and L frames of left context, rotated by the stream's clock.
-    values: [B, N, L, D].
-    conv: [B, N, K - 1, D], inputs of the convolution of K frames.
-    frames: [B] int64, encoder frames so far, at most L.
-    clock: [B, d / 2] float32, angles in [0, 2 pi) by which the next frame is rotated. Only differences enter a score,
-        and whole turns do not, so that angles stay small and exact however long a stream is.
+    keys: [B, L, D] of L frames of left context, rotated by the stream's clock.
+    values: [B, L, D].
+    conv: [B, K - 1, D], inputs of the convolution of K frames.
     """
 
     keys: Tensor
     values: Tensor
     conv: Tensor
+
+
+class ConformerState(NamedTuple):
+    """What a batch of streams remembers; a stream is a row of each tensor, so rows may be taken, moved and put back.
+
+    Each block has tensors of its own, which a step replaces one by one: all in one would be copied once more in each.
+
+    blocks: of each block, first to last.
+    frames: [B] int64, encoder frames so far, at most L.
+    clock: [B, d / 2] float32, angles in [0, 2 pi) by which the next frame is rotated. Only differences enter a score,
+        and whole turns do not, so that angles stay small and exact however long a stream is.
+    """
+
+    blocks: tuple[BlockState, ...]
     frames: Tensor
     clock: Tensor
-
-
-class BlockState(NamedTuple):
-    """Of one block: keys and values [B, L, D], conv [B, K - 1, D]."""
-
-    keys: Tensor
-    values: Tensor
-    conv: Tensor
 
 
 class Window:
@@ -289,11 +290,17 @@ class Conformer(nn.Module):
         if left_context_frames < 0:
             raise ValueError(f"left_context_frames={left_context_frames}; a stream remembers a number of 0 or more")
         config, like = self.config, self.feature_mean
-        cache = like.new_zeros(batch_size, config.num_layers, left_context_frames, config.dim)
-        conv = like.new_zeros(batch_size, config.num_layers, config.conv_kernel - 1, config.dim)
         frames = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
-        clock = conv.new_zeros(batch_size, self.dim // self.config.num_heads // 2)
-        return ConformerState(cache, cache.clone(), conv, frames, clock)
+        clock = like.new_zeros(batch_size, self.dim // config.num_heads // 2)
+        lengths = left_context_frames, left_context_frames, config.conv_kernel - 1
+        return ConformerState(
+            tuple(
+                BlockState(*(like.new_zeros(batch_size, length, config.dim) for length in lengths))
+                for _ in self.blocks
+            ),
+            frames,
+            clock,
+        )
 
     def step(
         self, features: Tensor, state: ConformerState, enc_lens: Tensor | None = None
@@ -314,30 +321,16 @@ class Conformer(nn.Module):
             enc: [B, C, D], finite behind ``enc_lens`` too.
             state: of the streams after the chunk.
         """
-        caches = (cache.unbind(1) for cache in state[:3])
-        blocks = [BlockState(*own) for own in zip(*caches, strict=True)]
-        x, blocks, frames, clock = self.step_blocks(features, blocks, state.frames, state.clock, enc_lens)
-        keys, values, conv = (torch.stack(own, dim=1) for own in zip(*blocks, strict=True))
-        return x, ConformerState(keys, values, conv, frames, clock)
-
-    def step_blocks(
-        self,
-        features: Tensor,
-        blocks: list[BlockState],
-        frames: Tensor,
-        clock: Tensor,
-        enc_lens: Tensor | None = None,
-    ) -> tuple[Tensor, list[BlockState], Tensor, Tensor]:
-        """``step`` with the caches of each block by themselves, for who keeps them otherwise than stacked."""
         batch_size, num_frames, num_bins = features.shape
         if num_bins != self.feature_mean.numel() or num_frames < 7 or num_frames % 4 != 3:
             raise ValueError(
                 f"features has shape {tuple(features.shape)}; expected [B, 4 C + 3, {self.feature_mean.numel()}]"
             )
+        frames, clock = state.frames, state.clock
         if frames.shape[0] != batch_size:
             raise ValueError(f"features are of {batch_size} streams, the state of {frames.shape[0]}")
         # numbers, also in a graph that is recorded
-        left, chunk = int(blocks[0].keys.shape[1]), int(num_frames) // 4
+        left, chunk = int(state.blocks[0].keys.shape[1]), int(num_frames) // 4
         lens = None if enc_lens is None else enc_lens.to(frames)
         x = (features - self.feature_mean) * self.feature_scale
         if lens is not None:
@@ -355,9 +348,9 @@ class Conformer(nn.Module):
         bias = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill(~allowed, -torch.inf)
         window = Window(chunk, lens, bias[:, None, None], angle)
         after = []
-        for block, own in zip(self.blocks, blocks, strict=True):
+        for block, own in zip(self.blocks, state.blocks, strict=True):
             x, kept = block.step(x, window, own)  # type: ignore[operator]
             after.append(kept)
         clock = clock + (chunk if lens is None else lens[:, None]) * rates
         frames = (frames + (chunk if lens is None else lens)).clamp(max=left)
-        return x, after, frames, clock - TURN * (clock / TURN).floor()
+        return x, ConformerState(tuple(after), frames, clock - TURN * (clock / TURN).floor())

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from asr.models.encoders.conformer import Conformer, ConformerState
 from tests.asr.models.test_conformer import make
@@ -31,9 +32,10 @@ def whole(model: Conformer, features: Tensor, chunk: int, left: int) -> Tensor:
 def moved(state: ConformerState) -> ConformerState:
     """As another process reads it."""
     file = io.BytesIO()
-    torch.save(state._asdict(), file)
+    tensors, form = tree_flatten(state)
+    torch.save(tensors, file)
     file.seek(0)
-    return ConformerState(**torch.load(file, weights_only=True))
+    return tree_unflatten(torch.load(file, weights_only=True), form)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -50,7 +52,7 @@ def streamed(
         for row in range(rows):
             if row not in at and waiting and starts[waiting[0]] <= step:
                 at[row] = (waiting.pop(0), 0)
-                for old, new in zip(state, fresh, strict=True):
+                for old, new in zip(tree_leaves(state), tree_leaves(fresh), strict=True):
                     old[row : row + 1] = new
         features = torch.full((rows, 4 * chunk + 3, 80), float("nan"))
         counts = [0] * rows
@@ -64,7 +66,8 @@ def streamed(
         assert torch.isfinite(enc).all()
         for row in range(rows):
             if counts[row] == 0:
-                assert all(torch.equal(old[row], new[row]) for old, new in zip(before, state, strict=True))
+                pairs = zip(tree_leaves(before), tree_leaves(state), strict=True)
+                assert all(torch.equal(old[row], new[row]) for old, new in pairs)
         for row, (i, heard) in list(at.items()):
             outputs[i].append(enc[row, : counts[row]])
             at[row] = (i, heard + counts[row])
@@ -96,7 +99,7 @@ def test_a_long_stream_stays_exact_and_takes_no_more_memory(model: Conformer) ->
     chunk, left, repeats = 8, 16, 1500  # 8 minutes
     sound = torch.randn(4 * chunk * 10, 80)
     state = model.init_state(1, left)
-    sizes = [tensor.shape for tensor in state]
+    sizes = [tensor.shape for tensor in tree_leaves(state)]
     outputs = []
     with torch.no_grad():
         features = torch.cat([sound, sound[:3]])
@@ -105,7 +108,7 @@ def test_a_long_stream_stays_exact_and_takes_no_more_memory(model: Conformer) ->
             enc, state = model.step(features[None, at : at + 4 * chunk + 3], state)
             if repeat in (10 * 3 + 9, repeats - 1):
                 outputs.append(enc)
-    assert [tensor.shape for tensor in state] == sizes
+    assert [tensor.shape for tensor in tree_leaves(state)] == sizes
     assert (outputs[0] - outputs[1]).abs().max() < FLOAT32
 
 

@@ -50,9 +50,19 @@ class Geometry(NamedTuple):
         return self.dim // self.num_heads // 2
 
     @property
-    def conv_rows(self) -> int:
-        """Frames that one of the two packed rows of a convolution's cache holds."""
-        return self.conv_kernel // 2
+    def row_size(self) -> int:
+        """Numbers in a row of the packed caches: the keys of a block, or its values."""
+        return self.left_frames * self.dim
+
+    @property
+    def conv_size(self) -> int:
+        """Numbers in all caches of convolutions."""
+        return self.num_layers * (self.conv_kernel - 1) * self.dim
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a packed cache: one of each block, and those that the caches of convolutions fill, or the clock."""
+        return self.num_layers + max(1, -(-self.conv_size // self.row_size))
 
 
 def geometry(model: Transducer, chunk_frames: int, left_frames: int) -> Geometry:
@@ -81,8 +91,8 @@ class StreamingEncoder(nn.Module):
     """One chunk of each stream, with the joiner's projection of the encoder's output.
 
     Inputs are the features [N, 4 C + 3, F] and what a ``ConformerState`` holds, that of the blocks in one: keys and
-    values [N, B, L, D] of B blocks, conv [N, B, K - 1, D], frames [N] int64, clock [N, d / 2]; results are encoder_out
-    [N, C, J] and the same of the next state.
+    values [N, B, H, L, d] of B blocks, conv [N, B, K - 1, D], frames [N] int64, clock [N, d / 2]; results are
+    encoder_out [N, C, J] and the same of the next state.
     """
 
     def __init__(self, model: Transducer):
@@ -109,10 +119,11 @@ class PackedStreamingEncoder(nn.Module):
     """The same with its state packed into the two caches that sherpa-onnx keeps for model type "conformer".
 
     That runtime makes the first caches of zeros, of sizes that the metadata give, and hands each call's caches to the
-    next; so they hold what we like. ``cached_attn`` [2 B + 1, L, N, D]: keys of the B blocks, values, and a row whose
-    every frame holds the count of frames so far, at most L, and the clock. The runtime's own ``processed_lens`` starts
-    at 0 again at an endpoint while the caches stay, so it cannot say how much of them is speech. ``cached_conv``
-    [2 B + 1, H, N, D] with H = K // 2: the caches of the convolutions, in two parts.
+    next; so they hold what we like. Both are [R, 1, N, L D], with one row of each of the B blocks and some more: a row
+    is [N, H, L, d] as it stands, and nothing of it has to be moved. ``cached_attn`` holds the keys, and behind them the
+    caches of all convolutions, one after another; ``cached_conv`` the values, and behind them the count of frames so
+    far, at most L, and the clock. The runtime's own ``processed_lens`` starts at 0 again at an endpoint while the
+    caches stay, so it cannot say how much of them is speech.
     """
 
     def __init__(self, model: Transducer, sizes: Geometry):
@@ -124,36 +135,36 @@ class PackedStreamingEncoder(nn.Module):
     def forward(
         self, x: Tensor, cached_attn: Tensor, cached_conv: Tensor, processed_lens: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        count, half = self.sizes.num_layers, self.sizes.conv_rows
-        unused = 2 * half - (self.sizes.conv_kernel - 1)  # frames before the first of an odd number
-        attn = [row.transpose(0, 1) for row in cached_attn.unbind(0)]
-        conv = [row.transpose(0, 1) for row in cached_conv.unbind(0)]
-        before = tuple(
-            BlockState(attn[i], attn[count + i], torch.cat([conv[i], conv[count + i]], dim=1)[:, unused:])
-            for i in range(count)
-        )
-        counter = attn[-1][:, 0]
-        frames, clock = counter[:, 0].long(), counter[:, 1 : 1 + self.sizes.clock_size]
-        enc, (blocks, frames, clock) = self.encoder.step(x, ConformerState(before, frames, clock))
-        counter = torch.cat([frames.to(x.dtype)[:, None], clock], dim=1)
-        counter = F.pad(counter, (0, self.sizes.dim - 1 - self.sizes.clock_size))
-        halves = [F.pad(block.conv, (0, 0, unused, 0)) if unused else block.conv for block in blocks]
-        new_attn = [block.keys for block in blocks] + [block.values for block in blocks]
-        new_attn.append(counter[:, None].expand_as(attn[-1]))
-        new_conv = [*(one[:, :half] for one in halves), *(one[:, half:] for one in halves), conv[-1]]
+        sizes = self.sizes
+        heads = sizes.num_heads, sizes.left_frames, sizes.dim // sizes.num_heads
+        rows = [1] * sizes.num_layers + [sizes.num_rows - sizes.num_layers]
+        attn, conv = cached_attn.split(rows), cached_conv.split(rows)
+        keys, values = ([row.reshape(-1, *heads) for row in cache[:-1]] for cache in (attn, conv))
+        convs, clocks = (cache[-1].permute(2, 1, 0, 3).flatten(1) for cache in (attn, conv))  # of each stream
+        convs = convs[:, : sizes.conv_size].reshape(-1, sizes.num_layers, sizes.conv_kernel - 1, sizes.dim)
+        blocks = tuple(BlockState(*own) for own in zip(keys, values, convs.unbind(1), strict=True))
+        frames, clock = clocks[:, 0].long(), clocks[:, 1 : 1 + sizes.clock_size]
+        enc, state = self.encoder.step(x, ConformerState(blocks, frames, clock))
         # an input that nothing reads would be dropped from the file, and the runtime would end the process
         out = self.joiner_proj(enc) + 0 * processed_lens.to(x.dtype)[:, None, None]
-        stacked = (torch.stack([row.transpose(0, 1) for row in rows]) for rows in (new_attn, new_conv))
-        return (out, *stacked)  # type: ignore[return-value]
+        convs = torch.cat([block.conv.flatten(1) for block in state.blocks], dim=1)
+        clocks = torch.cat([state.frames.to(x.dtype)[:, None], state.clock], dim=1)
+        return (
+            out,
+            self._packed([block.keys for block in state.blocks], convs),
+            self._packed([block.values for block in state.blocks], clocks),
+        )
+
+    def _packed(self, blocks: list[Tensor], rest: Tensor) -> Tensor:
+        """[R, 1, N, L D] of a cache of each block [N, H, L, d], and the rest [N, at most (R - B) L D] behind them."""
+        row, more = self.sizes.row_size, self.sizes.num_rows - self.sizes.num_layers
+        rest = F.pad(rest, (0, more * row - int(rest.shape[1]))).reshape(-1, more, row).transpose(0, 1)
+        return torch.cat([*(block.reshape(1, 1, -1, row) for block in blocks), rest[:, None]])
 
     def first_state(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
         """cached_attn, cached_conv and processed_lens of streams that have not begun."""
-        rows = 2 * self.sizes.num_layers + 1
-        return (
-            torch.zeros(rows, self.sizes.left_frames, batch_size, self.sizes.dim),
-            torch.zeros(rows, self.sizes.conv_rows, batch_size, self.sizes.dim),
-            torch.zeros(batch_size, dtype=torch.int64),
-        )
+        cache = torch.zeros(self.sizes.num_rows, 1, batch_size, self.sizes.row_size)
+        return cache, cache.clone(), torch.zeros(batch_size, dtype=torch.int64)
 
 
 class OfflineEncoder(nn.Module):

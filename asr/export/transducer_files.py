@@ -88,13 +88,14 @@ def encoder_graph(loaded: Loaded, chunk_ms: Milliseconds, left_context_ms: Milli
         },
         {
             **common,
-            "num_encoder_layers": 2 * sizes.num_layers + 1,  # rows of the packed caches
             "T": sizes.feature_frames,
             "decode_chunk_len": sizes.shift_frames,
             "pad_length": sizes.feature_frames - sizes.shift_frames,
-            "left_context": sizes.left_frames,
-            "encoder_dim": sizes.dim,
-            "cnn_module_kernel": sizes.conv_rows + 1,
+            # what the runtime makes its first caches by: both [R, 1, N, L D]
+            "num_encoder_layers": sizes.num_rows,
+            "left_context": 1,
+            "encoder_dim": sizes.row_size,
+            "cnn_module_kernel": 2,
         },
     )
 

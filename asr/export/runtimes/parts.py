@@ -87,12 +87,13 @@ class Parts(Recognizing):
                 self._parts = {part: adapter.load_part(folder / name) for part, name in options["files"].items()}
 
             def first_caches(self) -> list[np.ndarray]:
-                blocks, dim = sizes["num_layers"], sizes["dim"]
-                lengths = sizes["left_frames"], sizes["left_frames"], sizes["conv_kernel"] - 1
                 if not self.chunk_frames:
                     return []
-                caches = [np.zeros((1, blocks, length, dim), dtype=np.float32) for length in lengths]
-                clock = np.zeros((1, dim // sizes["num_heads"] // 2), dtype=np.float32)
+                blocks, heads, dim = sizes["num_layers"], sizes["num_heads"], sizes["dim"]
+                attention = heads, sizes["left_frames"], dim // heads
+                shapes = attention, attention, (sizes["conv_kernel"] - 1, dim)
+                caches = [np.zeros((1, blocks, *shape), dtype=np.float32) for shape in shapes]
+                clock = np.zeros((1, dim // heads // 2), dtype=np.float32)
                 return [*caches, np.zeros(1, dtype=adapter.counter), clock]
 
             def _step(

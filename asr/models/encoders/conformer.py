@@ -14,7 +14,7 @@ from asr.models.layers.attention import Positions, attend, attend_window
 from asr.models.layers.depthwise import depthwise_conv, depthwise_conv_after
 from asr.models.layers.dropout import Dropout
 from asr.models.layers.masks import attention_mask, length_mask
-from asr.models.layers.rotary import rotary_rates, rotary_tables, rotate
+from asr.models.layers.rotary import rotary_rates, rotary_tables, rotate_step, step_tables
 from asr.models.layers.subsampling import ConvSubsampling, subsampled_lens
 
 TURN = 2 * math.pi
@@ -55,8 +55,8 @@ class ConformerConfig:
 class BlockState(NamedTuple):
     """What a block remembers of B streams: the latest frames, oldest first, and zeros before the first of a stream.
 
-    keys: [B, L, D] of L frames of left context, rotated by the stream's clock.
-    values: [B, L, D].
+    keys: [B, H, L, d] of H heads and L frames of left context, rotated by the stream's clock.
+    values: [B, H, L, d].
     conv: [B, K - 1, D], inputs of the convolution of K frames.
     """
 
@@ -93,15 +93,15 @@ class Window:
 
     def __init__(self, chunk_frames: int, lens: Tensor | None, bias: Tensor, angle: Tensor):
         self.chunk_frames, self.lens, self.bias = chunk_frames, lens, bias
-        self.frames = int(bias.shape[-1])  # L + C: a number, also in a graph that is recorded
-        self.cos, self.sin = (table[:, :, None, None] for table in (angle.cos(), angle.sin()))
+        self.cos, self.sin = step_tables(angle)
 
     def latest(self, x: Tensor) -> Tensor:
-        """Of a cache with the chunk behind it [B, L + C, D]: the L frames up to the chunk's last that is there."""
+        """Of a cache with the chunk behind it [B, ..., L + C, d]: the L frames up to the chunk's last that is there."""
         if self.lens is None:
-            return x[:, self.chunk_frames :]
-        kept = torch.arange(x.shape[1] - self.chunk_frames, device=x.device) + self.lens[:, None]
-        return x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
+            return x[..., self.chunk_frames :, :]
+        kept = torch.arange(x.shape[-2] - self.chunk_frames, device=x.device) + self.lens[:, None]
+        kept = kept.view(kept.shape[0], *[1] * (x.dim() - 3), -1, 1)
+        return x.gather(-2, kept.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
 class FeedForward(nn.Module):
@@ -134,18 +134,12 @@ class SelfAttention(nn.Module):
         return self.dropout(self.out(attend(qkv, positions)))
 
     def step(self, x: Tensor, window: Window, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A chunk [B, C, D] after cached keys and values [B, L, D]; the result, and the caches after it."""
-        dim = self.out.in_features
-        heads = self.num_heads, dim // self.num_heads
-        qkv = self.qkv(self.norm(x)).reshape(-1, window.chunk_frames, 3, *heads)
-        q, k = rotate(qkv[:, :, :2], window.cos, window.sin).unbind(2)
-        keys, values = (
-            torch.cat([cache, new.reshape(-1, window.chunk_frames, dim)], dim=1)
-            for cache, new in ((keys, k), (values, qkv[:, :, 2]))
-        )
-        shape = -1, window.frames, *heads
-        y = attend_window(q, keys.reshape(shape), values.reshape(shape), window.bias)
-        return self.out(y), window.latest(keys), window.latest(values)
+        """A chunk [B, C, D] after cached keys and values [B, H, L, d]; the result, and the caches after it."""
+        shape = -1, window.chunk_frames, 3, self.num_heads, self.out.in_features // self.num_heads
+        qkv = self.qkv(self.norm(x)).reshape(shape).permute(2, 0, 3, 1, 4)
+        q, k = rotate_step(qkv[:2], window.cos, window.sin).unbind(0)
+        keys, values = torch.cat([keys, k], dim=2), torch.cat([values, qkv[2]], dim=2)
+        return self.out(attend_window(q, keys, values, window.bias)), window.latest(keys), window.latest(values)
 
 
 class ConvModule(nn.Module):
@@ -292,15 +286,10 @@ class Conformer(nn.Module):
         config, like = self.config, self.feature_mean
         frames = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
         clock = like.new_zeros(batch_size, self.dim // config.num_heads // 2)
-        lengths = left_context_frames, left_context_frames, config.conv_kernel - 1
-        return ConformerState(
-            tuple(
-                BlockState(*(like.new_zeros(batch_size, length, config.dim) for length in lengths))
-                for _ in self.blocks
-            ),
-            frames,
-            clock,
-        )
+        heads = config.num_heads, left_context_frames, config.dim // config.num_heads
+        shapes = heads, heads, (config.conv_kernel - 1, config.dim)
+        blocks = tuple(BlockState(*(like.new_zeros(batch_size, *shape) for shape in shapes)) for _ in self.blocks)
+        return ConformerState(blocks, frames, clock)
 
     def step(
         self, features: Tensor, state: ConformerState, enc_lens: Tensor | None = None
@@ -330,7 +319,7 @@ class Conformer(nn.Module):
         if frames.shape[0] != batch_size:
             raise ValueError(f"features are of {batch_size} streams, the state of {frames.shape[0]}")
         # numbers, also in a graph that is recorded
-        left, chunk = int(state.blocks[0].keys.shape[1]), int(num_frames) // 4
+        left, chunk = int(state.blocks[0].keys.shape[2]), int(num_frames) // 4
         lens = None if enc_lens is None else enc_lens.to(frames)
         x = (features - self.feature_mean) * self.feature_scale
         if lens is not None:

@@ -62,17 +62,18 @@ def attend_window(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -
     """Attention of a chunk's queries over a window that ends with the chunk.
 
     Args:
-        queries: [B, C, H, d] of the chunk, rotated.
-        keys, values: [B, W, H, d] of the window, W >= C, the keys rotated by the same clock.
+        queries: [B, H, C, d] of the chunk, rotated and scaled (``step_tables``).
+        keys, values: [B, H, W, d] of the window, W >= C, the keys rotated by the same clock.
         bias: [B, 1, 1, W], added to the scores.
 
     Returns:
         [B, C, H * d].
     """
-    q, k, v = (x.transpose(1, 2) for x in (queries, keys, values))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
-    chunk, heads, head_dim = (int(y.shape[dim]) for dim in (1, 2, 3))  # numbers, also in a graph that is recorded
-    return y.reshape(-1, chunk, heads * head_dim)
+    # by plain products: a few queries are no work for a blockwise kernel, and exporters spell one out with copies of
+    # all keys
+    weights = torch.softmax(queries @ keys.transpose(2, 3) + bias, dim=-1)
+    heads, chunk, head_dim = (int(queries.shape[dim]) for dim in (1, 2, 3))  # numbers, also in a graph that is recorded
+    return (weights @ values).transpose(1, 2).reshape(-1, chunk, heads * head_dim)
 
 
 def attend(qkv: Tensor, positions: Positions) -> Tensor:

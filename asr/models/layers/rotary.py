@@ -40,12 +40,28 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         Same shape and dtype as x.
     """
-    return rotate(x, cos[..., None, None, :], sin[..., None, None, :])
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same with tables that broadcast to x [..., head_dim / 2]."""
-    half = int(x.shape[-1]) // 2  # a number, also in a graph that is recorded
+    half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    cos, sin = cos[..., None, None, :].to(x.dtype), sin[..., None, None, :].to(x.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def step_tables(angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables for ``rotate_step``; those of queries scale the scores too, by head_dim ** -0.5.
+
+    Args:
+        angle: float32 [B, C, head_dim / 2].
+
+    Returns:
+        cos, sin: [2, B, 1, C, head_dim], for queries and keys.
+    """
+    scale = torch.tensor([(2 * int(angle.shape[-1])) ** -0.5, 1.0], device=angle.device).view(2, 1, 1, 1, 1)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    return scale * torch.cat([cos, cos], dim=-1), scale * torch.cat([-sin, sin], dim=-1)
+
+
+def rotate_step(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``apply_rotary`` to queries and keys of a chunk [2, B, H, C, head_dim], by ``step_tables``."""
+    half = int(x.shape[-1]) // 2  # a number, also in a graph that is recorded
+    swapped = torch.cat([x[..., half:], x[..., :half]], dim=-1)
+    return x * cos.to(x.dtype) + swapped * sin.to(x.dtype)

@@ -77,9 +77,10 @@ def test_metadata_are_those_of_the_interface(loaded: Loaded, trained: Path, tmp_
     export(loaded, trained, "sherpa-onnx", tmp_path, IN_CHUNKS)
     graph = onnx.load(tmp_path / "encoder.onnx")
     found = {entry.key: entry.value for entry in graph.metadata_props}
-    blocks, kernel = loaded.config.model.encoder.num_layers, loaded.config.model.encoder.conv_kernel
-    expected = {"model_type": "conformer", "T": 35, "decode_chunk_len": 32, "pad_length": 3, "left_context": 16}
-    expected |= {"num_encoder_layers": 2 * blocks + 1, "cnn_module_kernel": kernel // 2 + 1}
+    encoder = loaded.config.model.encoder
+    expected = {"model_type": "conformer", "T": 35, "decode_chunk_len": 32, "pad_length": 3}
+    rows = encoder.num_layers + -(-encoder.num_layers * (encoder.conv_kernel - 1) // 16)
+    expected |= {"num_encoder_layers": rows, "left_context": 1, "cnn_module_kernel": 2, "encoder_dim": 16 * encoder.dim}
     assert {key: found[key] for key in expected} == {key: str(value) for key, value in expected.items()}
     assert graph.ir_version <= 8 and graph.opset_import[0].version == 17
     names = [entry.name for entry in graph.graph.input]

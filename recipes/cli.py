@@ -28,7 +28,7 @@ _ONE_TIME = {"--stage": 1, "--stop-stage": 1, "--dry-run": 0, "--force": 0}
 def _usage() -> str:
     lines = ["usage: python -m recipes CORPUS [options]", "", "Runs a recipe: " + STAGES + ".", "", "corpora:"]
     for name, corpus in CORPORA.items():
-        lines.append(f"  {name:<10}{(corpus.__doc__ or '').strip().splitlines()[0]}")
+        lines.append(f"  {name:<13}{(corpus.__doc__ or '').strip().splitlines()[0]}")
     return "\n".join([*lines, "", "`python -m recipes CORPUS --help` shows the options of a recipe."])
 
 

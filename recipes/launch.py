@@ -116,18 +116,18 @@ def average_on_processes(recipe: Recipe) -> None:
     _decoding(recipe, "average", *words, "--last", *map(str, config.last))
 
 
-def decode_on_processes(recipe: Recipe, search: str, emission_plots: int) -> None:
-    """Decodes the test cuts with one search, each process its share.
+def decode_on_processes(recipe: Recipe, name: str, search: str, emission_plots: int) -> None:
+    """Decodes a test set with one search, each process its share.
 
     Raises:
         UserError: the processes failed; what they printed says why.
     """
     files = {
         "--checkpoint": recipe.path("train/average.pt"),
-        "--cuts": recipe.path("data/features/cuts_test.jsonl.gz"),
+        "--cuts": recipe.path(f"data/features/cuts_{name}.jsonl.gz"),
         "--out-dir": recipe.path(f"decode/{search}"),
     }
-    words = [word for name, path in files.items() for word in (name, str(path))]
+    words = [word for option, path in files.items() for word in (option, str(path))]
     words += ["--device", recipe.device, "--search", search, "--emissions", str(emission_plots)]
     settings = dataclasses.asdict(recipe.experiment.decoding) | {"search": search}
     _decoding(recipe, "decode", *words, *(f"--set=decoding.{name}={value}" for name, value in settings.items()))

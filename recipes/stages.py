@@ -2,14 +2,16 @@
 
 Layout of an experiment folder::
 
-    data/corpus.json  data/audio/  data/cuts_{train,valid,test}.jsonl.gz  data/bad_rows.txt     download, prepare
-    data/features/cuts_{train,valid,test}.jsonl.gz  data/features/stats.json                     features
+    data/corpus.json  data/audio/  data/cuts_<set>.jsonl.gz  data/bad_rows.txt                   download, prepare
+    data/features/cuts_<set>.jsonl.gz  data/features/stats.json                                  features
     tokenizer/tokenizer.json  tokenizer/tokens.txt                                               tokenizer
     train/checkpoints/  train/best.pt  train/metrics.jsonl  train/report.html                    train
     train/average.pt                                                                             average
-    decode/<search>/{recogs,errs,wer-summary}-test.txt                                           decode
+    decode/<search>/{recogs,errs,wer-summary}-<test set>.txt                                     decode
     export/<target>-<chunk>/                                                                     export
     verify/<target>-<chunk>/verify.{json,html}                                                   verify
+
+Sets are train, valid, and the test sets of the corpus: mostly one, test.
 
 Two seeds: ``--seed`` is ``Experiment.seed`` and belongs to the training alone. ``--data-seed`` (0 unless given) makes
 the prepared data and its stored augmentation, so that trainings with several seeds are tested on the same list.
@@ -35,6 +37,7 @@ from asr.export.config import ExportConfig
 from asr.models.context import Milliseconds
 from asr.training.launch import Nodes, check_processes
 from recipes.corpora import CORPORA, Corpus
+from recipes.corpora.base import CorpusOptions
 from recipes.engine import DONE_DIR, Pipeline, Stage, StageStopped, write_atomic
 from recipes.launch import average_on_processes, decode_on_processes, train_on_processes
 
@@ -43,7 +46,6 @@ if TYPE_CHECKING:
 
     from asr.checkpoint import Loaded
 
-SPLITS = ("train", "valid", "test")
 CORPUS_FILE = "data/corpus.json"
 EMISSION_PLOTS = 3
 """Worst test utterances whose emission posteriors are drawn."""
@@ -54,7 +56,7 @@ class Recipe:
     """What every stage gets: the corpus, the folders, and the configuration."""
 
     corpus: Corpus
-    options: Any
+    options: CorpusOptions
     exp_dir: Path
     download_dir: Path
     corpus_dir: Path | None
@@ -79,7 +81,7 @@ def run_download(recipe: Recipe) -> None:
     """Fetches the corpus, or takes the folder that the user has; leaves a note of where it is."""
     folder = recipe.corpus_dir
     if folder is None:
-        folder = recipe.corpus.download(recipe.download_dir)
+        folder = recipe.corpus.download(recipe.download_dir, recipe.options)
     elif not folder.is_dir():
         raise UserError(f"--corpus-dir {folder} is not a folder; pass the unpacked corpus, or leave it out to download")
     elif not any(folder.iterdir()):
@@ -90,7 +92,7 @@ def run_download(recipe: Recipe) -> None:
 
 
 def run_prepare(recipe: Recipe) -> None:
-    """Writes 16 kHz audio and cuts of the three splits."""
+    """Writes cuts of all sets, and 16 kHz audio where the corpus has none."""
     folder = Path(json.loads(recipe.path(CORPUS_FILE).read_text(encoding="utf-8"))["corpus_dir"])
     prepared = recipe.corpus.prepare(
         folder, recipe.path("data"), seed=recipe.data_seed, options=recipe.options, num_jobs=recipe.num_jobs
@@ -100,7 +102,7 @@ def run_prepare(recipe: Recipe) -> None:
     config = recipe.experiment.data
     path = recipe.path("data/bad_rows.txt")
     report_bad_rows(prepared.bad_rows, prepared.num_rows, config.strict, config.max_bad_fraction, path)
-    for split in SPLITS:
+    for split in recipe.options.splits:
         if prepared.counts[split] == 0:
             raise UserError(f"no {split} utterances in {folder}; reasons in {path}")
 
@@ -112,7 +114,7 @@ def run_features(recipe: Recipe) -> None:
     config = recipe.experiment.data
     bad: list[BadRow] = []
     total = 0
-    for split in SPLITS:
+    for split in recipe.options.splits:
         cuts = recipe.cuts(split, features=False)
         total += len(cuts)
         if config.features.storage == "stored":
@@ -185,28 +187,30 @@ def searches(experiment: Experiment) -> list[str]:
 
 
 def run_decode(recipe: Recipe) -> None:
-    """Decodes the test cuts and renews the report with the result."""
+    """Decodes the test sets and renews the report with the results."""
     from asr.decoding.decode import decode_and_score
     from asr.decoding.emission import worst_cuts, write_emissions
     from asr.decoding.load import load_for_decoding
     from asr.training.report import write_report
 
     if recipe.num_processes > 1:
-        for search in searches(recipe.experiment):
-            decode_on_processes(recipe, search, EMISSION_PLOTS)
+        for name in recipe.options.tests:
+            for search in searches(recipe.experiment):
+                decode_on_processes(recipe, name, search, EMISSION_PLOTS)
         write_report(recipe.path("train"))
         return
-    cuts = recipe.cuts("test", features=True)
     loaded = load_for_decoding(recipe.path("train/average.pt"), recipe.device)
-    for search in searches(recipe.experiment):
-        settings: dict[str, Any] = {"search": search}
-        decoding = dataclasses.replace(recipe.experiment.decoding, **settings)
-        config = dataclasses.replace(loaded.config, decoding=decoding)
-        out = recipe.path(f"decode/{search}")
-        report = decode_and_score(loaded.model, loaded.tokenizer, cuts, config, recipe.device, out, "test")
-        worst = worst_cuts(cuts, report.results, EMISSION_PLOTS)
-        write_emissions(out, "test", loaded.model, loaded.tokenizer, worst, config, recipe.device)
-        print(f"  {search}: {report.speed_line}; {report.score.interval_line}", flush=True)
+    for name in recipe.options.tests:
+        cuts = recipe.cuts(name, features=True)
+        for search in searches(recipe.experiment):
+            settings: dict[str, Any] = {"search": search}
+            decoding = dataclasses.replace(recipe.experiment.decoding, **settings)
+            config = dataclasses.replace(loaded.config, decoding=decoding)
+            out = recipe.path(f"decode/{search}")
+            report = decode_and_score(loaded.model, loaded.tokenizer, cuts, config, recipe.device, out, name)
+            worst = worst_cuts(cuts, report.results, EMISSION_PLOTS)
+            write_emissions(out, name, loaded.model, loaded.tokenizer, worst, config, recipe.device)
+            print(f"  {name}, {search}: {report.speed_line}; {report.score.interval_line}", flush=True)
     write_report(recipe.path("train"))
 
 
@@ -252,7 +256,8 @@ def run_export(recipe: Recipe) -> None:
 
 
 def run_verify(recipe: Recipe) -> None:
-    """Runs the exported files in their runtimes on the test recordings; they must hear what the model hears."""
+    """Runs the exported files in their runtimes on the recordings of the first test set; they must hear what the model
+    hears."""
     from asr.export.report import write_report
     from asr.export.verify import verify
 
@@ -260,7 +265,7 @@ def run_verify(recipe: Recipe) -> None:
     if not config.targets:
         print("  nothing was exported", flush=True)
         return
-    loaded, cuts = _exported(recipe), recipe.cuts("test", features=False)
+    loaded, cuts = _exported(recipe), recipe.cuts(recipe.options.tests[0], features=False)
     failed = []
     for name in export_names(config):
         folder, checkpoint = recipe.path(f"export/{name}"), recipe.path("train/average.pt")
@@ -275,41 +280,47 @@ def run_verify(recipe: Recipe) -> None:
 
 
 def print_result(recipe: Recipe) -> None:
-    """Where the results are; the last line is the test result of the chosen search."""
+    """Where the results are; the last line is that of the chosen search on the first test set."""
     for name in export_names(recipe.experiment.export):
         if (proof := recipe.path(f"verify/{name}/verify.html")).is_file():
             print(f"export: {recipe.path(f'export/{name}')}, proof: {proof}")
     print(f"report: {recipe.path('train/report.html')}")
     print(f"checkpoint: {recipe.path('train/average.pt')}")
+    tests, last = recipe.options.tests, recipe.experiment.decoding.search
     for search in searches(recipe.experiment):
         folder = recipe.path(f"decode/{search}")
-        print(f"transcripts ({search}): {folder / 'recogs-test.txt'}, errors: {folder / 'errs-test.txt'}")
+        for name in tests:
+            print(f"transcripts ({search}): {folder / f'recogs-{name}.txt'}, errors: {folder / f'errs-{name}.txt'}")
         for picture in sorted(folder.glob("*.png")):
             print(f"plot: {picture}")
-    for search in searches(recipe.experiment):
-        line = json.loads(recipe.path(f"decode/{search}/score-test.json").read_text(encoding="utf-8"))["line"]
-        print(line if search == recipe.experiment.decoding.search else f"{search}: {line}", flush=True)
+    line = "cer_line" if recipe.options.scores_characters else "line"
+    results = [(search, name) for search in searches(recipe.experiment) for name in reversed(tests)]
+    for search, name in results:
+        said = json.loads(recipe.path(f"decode/{search}/score-{name}.json").read_text(encoding="utf-8"))[line]
+        labels = [*([search] if search != last else []), *([name] if name != tests[0] else [])]
+        print(": ".join([*labels, said]), flush=True)
 
 
-def stages(experiment: Experiment) -> list[Stage]:
+def stages(experiment: Experiment, options: CorpusOptions) -> list[Stage]:
     """The stages in their order, with what each reads, writes, and depends on."""
-    cuts = tuple(f"data/cuts_{split}.jsonl.gz" for split in SPLITS)
-    manifests = tuple(f"data/features/cuts_{split}.jsonl.gz" for split in SPLITS)
+    cuts = tuple(f"data/cuts_{split}.jsonl.gz" for split in options.splits)
+    manifests = tuple(f"data/features/cuts_{split}.jsonl.gz" for split in options.splits)
     features = (*manifests, "data/features/stats.json")
     stored = experiment.data.features.storage == "stored"
-    feature_files = tuple(f"data/features/{split}" for split in SPLITS) if stored else ()
+    feature_files = tuple(f"data/features/{split}" for split in options.splits) if stored else ()
     trained = ("train/checkpoints", "train/best.pt", "train/metrics.jsonl", "train/config.yaml")
     results = tuple(
         f"decode/{search}/{part}"
         for search in searches(experiment)
-        for part in ("recogs-test.txt", "errs-test.txt", "wer-summary-test.txt", "score-test.json")
+        for name in options.tests
+        for part in (f"recogs-{name}.txt", f"errs-{name}.txt", f"wer-summary-{name}.txt", f"score-{name}.json")
     )
     exports = export_names(experiment.export)
     checks = ("experiment.data.strict", "experiment.data.max_bad_fraction")
     tokens = ("tokenizer/tokenizer.json",)
     training = ("seed", "data", "model", "loss", "optim", "training")
     return [
-        Stage("download", run_download, (), (CORPUS_FILE,), ("corpus.name",), ("corpus.dir",)),
+        Stage("download", run_download, (), (CORPUS_FILE,), ("corpus.name", "corpus.archives"), ("corpus.dir",)),
         Stage(
             "prepare",
             run_prepare,
@@ -350,7 +361,7 @@ def stages(experiment: Experiment) -> list[Stage]:
             ("train/average.pt",),
             ("experiment.average",),
         ),
-        Stage("decode", run_decode, ("train/average.pt", manifests[2]), results, ("experiment.decoding",)),
+        Stage("decode", run_decode, ("train/average.pt", *manifests[2:]), results, ("experiment.decoding",)),
         Stage(
             "export",
             run_export,
@@ -415,11 +426,12 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
         "corpus": {
             "name": name,
             "options": dataclasses.asdict(options),
+            "archives": list(options.archives),
             "dir": str(corpus_dir.absolute()) if corpus_dir else None,
         },
         "data_seed": args.data_seed,
     }
-    return recipe, Pipeline(stages(experiment), args.exp_dir, settings, command)
+    return recipe, Pipeline(stages(experiment, options), args.exp_dir, settings, command)
 
 
 def _owner(exp_dir: Path) -> str | None:

@@ -63,6 +63,7 @@ def score_to_dict(found: Score, setting: str) -> dict[str, Any]:
     return {
         "setting": setting,
         "line": found.wer_line,
+        "cer_line": found.cer_line,
         "words": counts(found.words),
         "characters": counts(found.chars),
         "wer_95_percent_interval": interval | {"replications": found.interval.replications},

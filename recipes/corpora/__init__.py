@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from recipes.corpora import fsdd, synth, yesno
+from recipes.corpora import aishell, fsdd, librispeech, synth, yesno
 from recipes.corpora.base import Corpus, Prepared
 
 CORPORA: dict[str, Corpus] = {
     yesno.NAME: yesno,
     fsdd.NAME: fsdd,
     synth.NAME: synth,
+    librispeech.NAME: librispeech,
+    aishell.NAME: aishell,
 }
 
 __all__ = ["CORPORA", "Corpus", "Prepared"]

@@ -2,16 +2,18 @@
 
 Layout (contract of the prepare stage)::
 
-    DATA/audio/<split>/<id>.wav           16 kHz mono PCM_16
-    DATA/cuts_{train,valid,test}.jsonl.gz  lhotse CutSet of MonoCuts with one supervision each
-    DATA/bad_rows.txt                     file, line, reason (tab separated) of what was left out; empty if nothing was
+    DATA/audio/<split>/<id>.wav    16 kHz mono PCM_16; none of a corpus that has such files itself: cuts name those
+    DATA/cuts_<split>.jsonl.gz     lhotse CutSet of MonoCuts with one supervision each
+    DATA/bad_rows.txt              file, line, reason (tab separated) of what was left out; empty if nothing was
+
+Splits are train, valid, and the test sets of the corpus, mostly one: test.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,7 +27,32 @@ from recipes.corpora.audio import pcm_digest, to_pcm16, write_wav
 if TYPE_CHECKING:  # lhotse imports torch: listing corpora and their options must not wait for it
     from lhotse import CutSet, MonoCut
 
-SPLITS = ("train", "valid", "test")
+TRAINED = ("train", "valid")
+
+
+@dataclass
+class CorpusOptions:
+    """What the options of every corpus answer."""
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """Names of the test sets; the last line of a run is the result on the first."""
+        return ("test",)
+
+    @property
+    def archives(self) -> tuple[str, ...]:
+        """Parts of the corpus to download, where it has several: with others the download stage runs again."""
+        return ()
+
+    @property
+    def scores_characters(self) -> bool:
+        """Whether results are character error rates, for texts without spaces."""
+        return False
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """All sets."""
+        return (*TRAINED, *self.tests)
 
 
 @dataclass(frozen=True)
@@ -46,7 +73,7 @@ class Prepared:
     notes: list[str] = field(default_factory=list)
 
     def load(self, split: str) -> CutSet:
-        """The cuts of "train", "valid" or "test"."""
+        """The cuts of "train", "valid" or a test set."""
         from lhotse import CutSet
 
         return CutSet.from_file(self.cuts[split])
@@ -56,9 +83,9 @@ class Prepared:
         lines = [
             f"{split}: {self.counts[split]} utterances, {self.durations_s[split] / 60:.1f} min, "
             f"sha256 {self.checksums[split][:16]}"
-            for split in SPLITS
+            for split in self.cuts
         ]
-        lines += [f"{name}: sha256 {digest}" for name, digest in self.checksums.items() if name not in SPLITS]
+        lines += [f"{name}: sha256 {digest}" for name, digest in self.checksums.items() if name not in self.cuts]
         lines += self.notes
         if self.bad_rows:
             reasons = self.data_dir / "bad_rows.txt"
@@ -67,18 +94,20 @@ class Prepared:
 
 
 class Corpus(Protocol):
-    """A module of this package. ``Options`` is its dataclass of settings; every field is an option of the recipe."""
+    """A module of this package. ``Options`` is its dataclass of settings, a CorpusOptions; every field is an option of
+    the recipe."""
 
     @property
     def NAME(self) -> str:
         """The name on the command line."""
 
     @property
-    def Options(self) -> type[Any]:
+    def Options(self) -> type[CorpusOptions]:
         """The dataclass of settings."""
 
-    def download(self, dest: Path) -> Path:
-        """Fetch the corpus into ``dest`` and return the folder for ``prepare``. Raises UserError without a network."""
+    def download(self, dest: Path, options: Any) -> Path:
+        """Fetch what the options need into ``dest`` and return the folder for ``prepare``. Raises UserError without a
+        network."""
 
     def prepare(
         self, corpus_dir: Path | None, data_dir: Path, *, seed: int, options: Any, num_jobs: int = 2
@@ -93,16 +122,16 @@ class CorpusWriter:
     another.
     """
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, splits: Sequence[str] = CorpusOptions().splits) -> None:
         self.data_dir = data_dir.absolute()
-        for split in SPLITS:
-            self._cuts_path(split).unlink(missing_ok=True)
+        for path in self.data_dir.glob("cuts_*.jsonl.gz"):
+            path.unlink()
         shutil.rmtree(self.data_dir / "audio", ignore_errors=True)
-        for split in SPLITS:
+        for split in splits:
             (self.data_dir / "audio" / split).mkdir(parents=True, exist_ok=True)
         self.bad_rows: list[BadRow] = []
-        self._cuts: dict[str, list[MonoCut]] = {split: [] for split in SPLITS}
-        self._digests: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
+        self._cuts: dict[str, list[MonoCut]] = {split: [] for split in splits}
+        self._digests: dict[str, dict[str, str]] = {split: {} for split in splits}
 
     def _cuts_path(self, split: str) -> Path:
         return self.data_dir / f"cuts_{split}.jsonl.gz"
@@ -125,9 +154,14 @@ class CorpusWriter:
         self, split: str, cut_id: str, num_samples: int, digest: str, text: str, speaker: str, **custom: Any
     ) -> None:
         """Like ``add`` for audio that another process already wrote to ``audio_path``; ``digest`` is its pcm_digest."""
+        self.add_file(split, cut_id, self.audio_path(split, cut_id), num_samples, digest, text, speaker, **custom)
+
+    def add_file(
+        self, split: str, cut_id: str, path: Path, num_samples: int, digest: str, text: str, speaker: str, **custom: Any
+    ) -> None:
+        """One utterance whose audio, 16 kHz mono in any format, stays where it is; ``digest`` is of its samples."""
         if cut_id in self._digests[split]:
             raise ValueError(f"cut id {cut_id!r} appears twice in {split}")
-        path = self.audio_path(split, cut_id)
         self._cuts[split].append(make_cut(cut_id, path, num_samples, text, speaker, custom))
         self._digests[split][cut_id] = f"{cut_id}\t{text}\t{digest}\n"
 
@@ -137,7 +171,7 @@ class CorpusWriter:
 
         write_bad_rows(self.bad_rows, self.data_dir / "bad_rows.txt")
         digests: dict[str, str] = {}
-        for split in SPLITS:
+        for split in self._cuts:
             partial = self.data_dir / f"partial-cuts_{split}.jsonl.gz"
             CutSet.from_cuts(self._cuts[split]).to_file(partial)
             partial.replace(self._cuts_path(split))
@@ -145,9 +179,9 @@ class CorpusWriter:
             digests[split] = hashlib.sha256(lines.encode()).hexdigest()
         return Prepared(
             data_dir=self.data_dir,
-            cuts={split: self._cuts_path(split) for split in SPLITS},
-            counts={split: len(self._cuts[split]) for split in SPLITS},
-            durations_s={split: float(sum(cut.duration for cut in self._cuts[split])) for split in SPLITS},
+            cuts={split: self._cuts_path(split) for split in self._cuts},
+            counts={split: len(self._cuts[split]) for split in self._cuts},
+            durations_s={split: float(sum(cut.duration for cut in self._cuts[split])) for split in self._cuts},
             bad_rows=self.bad_rows,
             num_rows=num_rows,
             checksums={**digests, **(checksums or {})},

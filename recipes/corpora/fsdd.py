@@ -24,7 +24,7 @@ from asr.data.audio import SAMPLE_RATE_HZ, AudioError, resample
 from asr.errors import UserError
 from recipes.corpora import noise
 from recipes.corpora.audio import energy_db, join, read_recording, rms
-from recipes.corpora.base import CorpusWriter, Prepared
+from recipes.corpora.base import CorpusOptions, CorpusWriter, Prepared
 from recipes.corpora.commands import DIGITS
 from recipes.corpora.download import fetch_and_unpack, find_wavs
 
@@ -45,7 +45,7 @@ _TRAIN_LENGTHS = {1: 0.5, 2: 0.5, 3: 1.0, 4: 1.0, 5: 1.0, 6: 1.0, 7: 1.0, 8: 0.5
 
 
 @dataclass
-class Options:
+class Options(CorpusOptions):
     """Settings of the corpus.
 
     num_train_strings: training strings (5,000 are about 4 hours). Test and valid strings do not depend on it.
@@ -81,7 +81,7 @@ class DigitString:
         return "\t".join([self.cut_id, self.speaker, self.text, " ".join(self.recordings), pauses])
 
 
-def download(dest: Path) -> Path:
+def download(dest: Path, options: Options) -> Path:
     """Fetch the dataset's archive (about 16 MB) from GitHub into ``dest``."""
     folder = fetch_and_unpack(URL, dest, f"{_FOLDER}.tar.gz", _FOLDER)
     found = len(_list(folder)[0])

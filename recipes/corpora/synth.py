@@ -19,7 +19,7 @@ from asr.data.audio import SAMPLE_RATE_HZ, resample
 from asr.errors import UserError
 from recipes.corpora import noise
 from recipes.corpora.audio import join, limit_peak, pcm_digest, rms, to_pcm16, write_wav
-from recipes.corpora.base import CorpusWriter, Prepared
+from recipes.corpora.base import CorpusOptions, CorpusWriter, Prepared
 from recipes.corpora.commands import sentences
 from recipes.corpora.espeak import Request, speak
 
@@ -46,7 +46,7 @@ TEST_VOICES = (
 
 
 @dataclass
-class Options:
+class Options(CorpusOptions):
     """Settings of the corpus.
 
     num_train: training sentences (3,000 are about 2.5 hours). Valid and test strings do not depend on it.
@@ -88,7 +88,7 @@ def voices() -> dict[str, list[str]]:
     return {"train": train, "valid_unheard": list(VALID_VOICES), "test": list(TEST_VOICES)}
 
 
-def download(dest: Path) -> Path:
+def download(dest: Path, options: Options) -> Path:
     """Nothing to download: the recordings are made by ``prepare``."""
     dest.mkdir(parents=True, exist_ok=True)
     return dest

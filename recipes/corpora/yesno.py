@@ -17,7 +17,7 @@ import numpy as np
 from asr.data.audio import AudioError
 from asr.errors import UserError
 from recipes.corpora.audio import read_recording
-from recipes.corpora.base import CorpusWriter, Prepared
+from recipes.corpora.base import CorpusOptions, CorpusWriter, Prepared
 from recipes.corpora.download import fetch_and_unpack, find_wavs
 from recipes.corpora.recombine import Recombiner, find_words
 
@@ -32,7 +32,7 @@ _EXPECTED = f"the {NUM_RECORDINGS} files of waves_yesno.tar.gz, named like 0_1_0
 
 
 @dataclass
-class Options:
+class Options(CorpusOptions):
     """Settings of the corpus.
 
     num_recombined: training recordings of 1 to 10 words put together from the words of the real ones; 0 for none.
@@ -45,7 +45,7 @@ class Options:
             raise UserError(f"num_recombined={self.num_recombined} is negative; pass 0 for none")
 
 
-def download(dest: Path) -> Path:
+def download(dest: Path, options: Options) -> Path:
     """Fetch waves_yesno.tar.gz (4.7 MB) from OpenSLR into ``dest``."""
     folder = fetch_and_unpack(URL, dest, "waves_yesno.tar.gz", "waves_yesno")
     _recordings(folder)

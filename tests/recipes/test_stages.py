@@ -101,6 +101,19 @@ def test_two_searches_are_two_results(tmp_path: Path) -> None:
     assert {path.split("/")[1] for path in _pipeline(tmp_path).stages[6].outputs} == {"greedy"}
 
 
+def test_several_test_sets_are_several_results(tmp_path: Path) -> None:
+    pipeline = _pipeline(tmp_path, "--subset", "960h", corpus="librispeech")
+    scores = [name for name in pipeline.stages[6].outputs if "score" in name]
+    assert scores == ["decode/greedy/score-test-clean.json", "decode/greedy/score-test-other.json"]
+    assert {"data/cuts_test-clean.jsonl.gz", "data/cuts_test-other.jsonl.gz"} <= set(pipeline.stages[1].outputs)
+
+
+def test_another_subset_is_downloaded(tmp_path: Path) -> None:
+    before = _pipeline(tmp_path, corpus="librispeech")
+    after = _pipeline(tmp_path, "--subset", "100h", corpus="librispeech")
+    assert [name for name in STAGES if before.hashes[name] != after.hashes[name]] == STAGES
+
+
 # -- a real run -------------------------------------------------------------------------------------------------------
 
 

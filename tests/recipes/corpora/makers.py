@@ -48,3 +48,39 @@ def make_fsdd(folder: Path, speakers: Sequence[str] = ("ann", "bob", "cy"), num_
                 noisy = samples + 1e-3 * rng.standard_normal(len(samples))
                 write_8khz(folder / "recordings" / f"{digit}_{speaker}_{index}.wav", noisy)
     return folder
+
+
+def write_16khz(path: Path, duration_s: float = 0.5, seed: int = 0, channels: int = 1, rate_hz: int = 16000) -> None:
+    """A recording of noise, FLAC or wav by its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = 0.05 * np.random.default_rng(seed).standard_normal((int(duration_s * rate_hz), channels))
+    soundfile.write(str(path), samples, rate_hz, subtype="PCM_16")
+
+
+def make_librispeech(folder: Path, parts: Sequence[str]) -> Path:
+    """Two speakers with two utterances in each official folder."""
+    for place, part in enumerate(parts):
+        for speaker in (10 * place + 1, 10 * place + 2):
+            chapter = folder / "LibriSpeech" / part / str(speaker) / "77"
+            lines = []
+            for number in range(2):
+                name = f"{speaker}-77-{number:04d}"
+                write_16khz(chapter / f"{name}.flac", seed=100 * speaker + number)
+                lines.append(f"{name} THE CAT {'SAT' if number else 'CAME'}\n")
+            (chapter / f"{speaker}-77.trans.txt").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def make_aishell(folder: Path) -> Path:
+    """Two utterances in each of train, dev and test, and a text without a recording."""
+    lines = ["BAC009S0900W0001 没 有\n"]
+    for place, split in enumerate(("train", "dev", "test")):
+        for number in range(2):
+            name = f"BAC009S{place:04d}W{number:04d}"
+            speaker = folder / "data_aishell" / "wav" / split / f"S{place:04d}"
+            write_16khz(speaker / f"{name}.wav", seed=place + 9 * number)
+            lines.append(f"{name} 今天  天气 ｂ好\n")
+    transcript = folder / "data_aishell" / "transcript" / "aishell_transcript_v0.8.txt"
+    transcript.parent.mkdir(parents=True)
+    transcript.write_text("".join(lines), encoding="utf-8")
+    return folder

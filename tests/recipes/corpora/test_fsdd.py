@@ -159,9 +159,9 @@ def test_download_checks_the_number_of_recordings(
         tar.add(corpus, arcname="free-spoken-digit-dataset-master")
     monkeypatch.setattr(fsdd, "URL", (tmp_path / "master.tar.gz").as_uri())
     with pytest.raises(UserError, match="holds 300 recordings, not 3000"):
-        fsdd.download(tmp_path / "dest")
+        fsdd.download(tmp_path / "dest", fsdd.Options())
     monkeypatch.setattr(fsdd, "NUM_RECORDINGS", 300)
-    folder = fsdd.download(tmp_path / "dest")
+    folder = fsdd.download(tmp_path / "dest", fsdd.Options())
     assert folder == tmp_path / "dest" / "free-spoken-digit-dataset"
     assert run(folder, tmp_path / "data").counts["test"] == 60
 

@@ -173,4 +173,4 @@ def test_missing_espeak_tells_how_to_install_it(tmp_path: Path, monkeypatch: pyt
 
 
 def test_download_has_nothing_to_do(tmp_path: Path) -> None:
-    assert synth.download(tmp_path / "new") == tmp_path / "new"
+    assert synth.download(tmp_path / "new", synth.Options()) == tmp_path / "new"

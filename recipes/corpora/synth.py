@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from recipes.corpora.base import CorpusOptions, CorpusWriter, Prepared
 from recipes.corpora.commands import sentences
 from recipes.corpora.espeak import Request, speak
 
+T = TypeVar("T")
 NAME = "synth"
 NUM_VALID, NUM_TEST = 150, 300
 SHARD = 50
@@ -106,33 +108,34 @@ def plan(seed: int, options: Options) -> list[Utterance]:
         taken.update(texts if split != "train" else ())
         if split == "valid":
             unheard = count // 3
-            spoken_by = _deal(names["valid_unheard"], unheard, rng) + _deal(names["train"], count - unheard, rng)
+            spoken_by = deal(names["valid_unheard"], unheard, rng) + deal(names["train"], count - unheard, rng)
         else:
-            spoken_by = _deal(names[split], count, rng)
+            spoken_by = deal(names[split], count, rng)
         utterances += [
-            _utterance(f"{split}-{index:05d}", split, text, voice, rng)
+            draw_utterance(f"{split}-{index:05d}", split, text, voice, rng)
             for index, (text, voice) in enumerate(zip(texts, spoken_by, strict=True))
         ]
     vocabulary = sorted(
         {word for utterance in utterances if utterance.split == "train" for word in utterance.text.split()}
     )
     rng = np.random.default_rng([seed, len(counts)])
-    spoken = _deal(vocabulary, options.num_words + options.num_words // 2, rng)
+    spoken = deal(vocabulary, options.num_words + options.num_words // 2, rng)
     singles, pairs = spoken[: options.num_words // 2], spoken[options.num_words // 2 :]
     texts = singles + [" ".join(pair) for pair in zip(pairs[::2], pairs[1::2], strict=False)]
     return utterances + [
-        _utterance(f"train-word-{index:05d}", "train", text, voice, rng)
-        for index, (text, voice) in enumerate(zip(texts, _deal(names["train"], len(texts), rng), strict=True))
+        draw_utterance(f"train-word-{index:05d}", "train", text, voice, rng)
+        for index, (text, voice) in enumerate(zip(texts, deal(names["train"], len(texts), rng), strict=True))
     ]
 
 
-def _deal(names: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
+def deal(names: Sequence[T], count: int, rng: np.random.Generator) -> list[T]:
     """``count`` names in random order, each about equally often."""
     rounds = [rng.permutation(len(names)) for _ in range(-(-count // len(names)))]
     return [names[i] for i in np.concatenate(rounds)[:count]]
 
 
-def _utterance(cut_id: str, split: str, text: str, voice: str, rng: np.random.Generator) -> Utterance:
+def draw_utterance(cut_id: str, split: str, text: str, voice: str, rng: np.random.Generator) -> Utterance:
+    """Rate, pitch, pauses, noise and level of one utterance."""
     words = text.lower().split(" ")
     # People pause inside numbers; a comma makes espeak-ng do so. Nothing else is pronounced differently.
     spoken = [
@@ -161,13 +164,13 @@ def _utterance(cut_id: str, split: str, text: str, voice: str, rng: np.random.Ge
 _SPOKEN_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def _trimmed(samples: np.ndarray) -> np.ndarray:
+def trimmed(samples: np.ndarray) -> np.ndarray:
     """Without what espeak-ng adds before and after: below 1% of the peak."""
     loud = np.flatnonzero(np.abs(samples) > 0.01 * np.abs(samples).max(initial=0.0))
     return samples[loud[0] : loud[-1] + 1] if len(loud) else samples
 
 
-def _mix(speech: np.ndarray, utterance: Utterance, others: Sequence[np.ndarray], seed: int) -> np.ndarray:
+def mix(speech: np.ndarray, utterance: Utterance, others: Sequence[np.ndarray], seed: int) -> np.ndarray:
     """Speech with silence around it, noise at the wanted ratio of RMS over the spoken part, and the wanted level."""
     rng = np.random.default_rng([seed, 7, *utterance.cut_id.encode()])
     lead, tail = (np.zeros(int(s * SAMPLE_RATE_HZ), np.float32) for s in (utterance.lead_s, utterance.tail_s))
@@ -186,14 +189,14 @@ class _Written:
 def _make_shard(shard: Sequence[Utterance], writer: CorpusWriter, seed: int) -> list[_Written | None]:
     """Speak, resample, mix and write one shard; None where espeak-ng gave no sound."""
     rate, raw = speak([utterance.request for utterance in shard])
-    clean = [_trimmed(resample(np.frombuffer(data, np.int16).astype(np.float32) / 32768, rate)) for data in raw]
+    clean = [trimmed(resample(np.frombuffer(data, np.int16).astype(np.float32) / 32768, rate)) for data in raw]
     audible = [samples for samples in clean if rms(samples) > 0]
     written: list[_Written | None] = []
     for utterance, samples in zip(shard, clean, strict=True):
         if rms(samples) == 0:
             written.append(None)
             continue
-        pcm = to_pcm16(_mix(samples, utterance, audible, seed))
+        pcm = to_pcm16(mix(samples, utterance, audible, seed))
         write_wav(writer.audio_path(utterance.split, utterance.cut_id), pcm)
         written.append(_Written(len(pcm), pcm_digest(pcm)))
     return written

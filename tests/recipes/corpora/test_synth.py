@@ -130,7 +130,7 @@ def test_prepared_audio_is_sane(prepared: Prepared) -> None:
 def test_noise_is_at_the_wanted_ratio() -> None:
     utterance = next(u for u in synth.plan(0, synth.Options(num_train=50)) if u.split == "train" and u.noise == "white")
     speech = np.sin(np.arange(16000) / 3).astype(np.float32) * 0.1
-    mixture = synth._mix(speech, utterance, [speech], seed=0)
+    mixture = synth.mix(speech, utterance, [speech], seed=0)
     lead = int(utterance.lead_s * 16000)
     background = rms(mixture[: lead - 100])
     both = rms(mixture[lead : lead + 15000])

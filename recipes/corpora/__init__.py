@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recipes.corpora import aishell, fsdd, librispeech, synth, yesno
+from recipes.corpora import aishell, custom, fsdd, librispeech, synth, yesno
 from recipes.corpora.base import Corpus, Prepared
 
 CORPORA: dict[str, Corpus] = {
@@ -11,6 +11,7 @@ CORPORA: dict[str, Corpus] = {
     synth.NAME: synth,
     librispeech.NAME: librispeech,
     aishell.NAME: aishell,
+    custom.NAME: custom,
 }
 
 __all__ = ["CORPORA", "Corpus", "Prepared"]

@@ -143,7 +143,7 @@ def test_wrong_folders(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_table() -> None:
-    assert list(CORPORA) == ["yesno", "fsdd", "synth", "librispeech", "aishell"]
+    assert list(CORPORA) == ["yesno", "fsdd", "synth", "librispeech", "aishell", "custom"]
     assert all(name == corpus.NAME for name, corpus in CORPORA.items())
 
 

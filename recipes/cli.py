@@ -126,6 +126,7 @@ def make_parser(corpus: str) -> Parser:
     add("--config", type=Path, action="append", default=[], metavar="FILE", help="more settings, YAML; repeatable")
     text = "one setting, like optim.lr=0.001; repeatable (`asr train --help-keys` lists all)"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    add("--init-from", metavar="FILE", help="begin with the weights of a checkpoint: --set training.init_from=FILE")
     add("--strict", action="store_true", help="stop at the first list of bad rows instead of leaving them out")
     add("--num-jobs", type=int, default=2, metavar="N", help="processes that prepare audio and features")
     add_corpus_options(parser, CORPORA[corpus].Options)

@@ -389,6 +389,8 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
     overrides = list(args.set)
     if args.seed is not None:
         overrides.append(f"seed={args.seed}")
+    if args.init_from is not None:
+        overrides.append(f"training.init_from={Path(args.init_from).absolute()}")
     if args.strict:
         overrides.append("data.strict=true")
     experiment = load_experiment([*([config] if config else []), *args.config], overrides)

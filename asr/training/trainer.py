@@ -29,6 +29,7 @@ from asr.errors import CheckpointError, Terminated, UserError
 from asr.models.transducer import build_model, parameter_counts
 from asr.training.activations import checkpoint_activations
 from asr.training.faults import BadBatches, Termination
+from asr.training.fine_tuning import begin_with, freeze
 from asr.training.memory_plan import plan_memory
 from asr.training.metrics import MetricsWriter, ProgressLine, clock
 from asr.training.optim import WeightAverage
@@ -81,6 +82,7 @@ class Trainer:
         device: "cpu", "cuda" or "cuda:N".
         command: the command line, for the report.
         ranks: the processes of the run; all of them make a Trainer, and call its methods together. The first writes.
+        resumed: whether ``resume`` follows, so that the weights to begin with do not matter.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Trainer:
         device: str,
         command: str | None = None,
         ranks: Ranks | None = None,
+        resumed: bool = False,
     ):
         self.experiment = experiment
         self.ranks = ranks or Ranks()
@@ -118,7 +121,10 @@ class Trainer:
             None if stats is None else torch.as_tensor(stats.mean),
             None if stats is None else torch.as_tensor(stats.scale),
         ).to(self.device)
+        if self.config.init_from is not None and not resumed:
+            begin_with(self.model, Path(self.config.init_from), experiment, data.tokenizer, self.line.say)
         # before parts are wrapped, which changes their names, and before their memory is measured
+        freeze(self.model, self.config.freeze)
         override_precision(self.model, self.config.precision_overrides, self.device)
         memory = plan_memory(
             experiment,
@@ -556,14 +562,15 @@ def train(
     from asr.training.report import write_report
 
     ranks = ranks or Ranks()
-    trainer = Trainer(experiment, data, Path(out_dir), device, command, ranks)
+    line = ProgressLine(quiet=not ranks.first)
 
     def find_start() -> Path | None:
         # who takes the place of killed processes goes on from what they saved, wherever they had begun
         wanted = "auto" if ranks.noted_before(SAVED) else resume
-        return find_resume(wanted, Path(out_dir), trainer.line.say)
+        return find_resume(wanted, Path(out_dir), line.say)
 
     start = ranks.from_first(find_start)
+    trainer = Trainer(experiment, data, Path(out_dir), device, command, ranks, resumed=start is not None)
     if start is not None:
         trainer.resume(start)
     with Termination() as stop:

@@ -43,6 +43,7 @@ def _pipeline(exp_dir: Path, *words: str, corpus: str = "yesno") -> Pipeline:
         (["--set", "tokenizer.kind=char"], ["tokenizer", "train", "average", "decode", "export", "verify"]),
         (["--set", "model.preset=xs"], STAGES[4:]),
         (["--set", "optim.lr=0.5"], STAGES[4:]),
+        (["--init-from", "average.pt"], STAGES[4:]),
         (["--set", "loss.fastemit_lambda=0.01"], STAGES[4:]),
         (["--set", "average.ema=false"], ["average", "decode", "export", "verify"]),
         (["--set", "decoding.beam=9"], ["decode"]),

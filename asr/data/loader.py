@@ -37,6 +37,7 @@ from asr.data.features import (
     compute_cut_features,
     load_stored_features,
     num_audio_frames,
+    num_encoder_frames,
 )
 from asr.data.tokenizer import Tokenizer, UnknownToken
 from asr.errors import UserError
@@ -54,6 +55,8 @@ class DataConfig:
         spec_augment: masking of the features of training cuts.
         max_duration_s: audio seconds in a batch at most, counted as utterances times the longest they may be; one
             utterance that is longer forms a batch of its own.
+        max_lattice_cells: of a training batch at most: utterances times encoder frames of the longest times tokens and
+            one of the one with most; times the vocabulary, what a loss with all logits in memory holds. 0 is no limit.
         num_buckets: training batches hold utterances of one of this many classes of similar duration.
         sorted_epochs: in so many first epochs, batches come in order of rising duration (SortaGrad, Amodei et al. 2016,
             "Deep Speech 2"): from short utterances a model learns sooner which sound is which token.
@@ -67,6 +70,7 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
     max_duration_s: float = 120.0
+    max_lattice_cells: int = 0
     num_buckets: int = 10
     sorted_epochs: int = 0
     num_workers: int = 2
@@ -77,6 +81,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.max_duration_s <= 0:
             raise ValueError(f"max_duration_s={self.max_duration_s}; it must be positive")
+        if self.max_lattice_cells < 0:
+            raise ValueError(f"max_lattice_cells={self.max_lattice_cells}; it must not be negative, 0 is no limit")
         if self.num_buckets < 1:
             raise ValueError(f"num_buckets={self.num_buckets}; at least 1 is needed")
         if self.sorted_epochs < 0:
@@ -258,6 +264,10 @@ def train_loader(
     else:
         cut_list = expand_cuts([cut.drop_features() for cut in cut_list], config.augment)
     batches = plan_epoch([cut.duration for cut in cut_list], config, seed=seed, epoch=epoch)
+    if config.max_lattice_cells:
+        frames = [num_encoder_frames(cut.num_samples, config.features) for cut in cut_list]
+        tokens = [len(tokenizer.encode(transcript(cut))) for cut in cut_list]
+        batches = split_by_lattice(batches, frames, tokens, config.max_lattice_cells)
     dataset = BatchDataset(cut_list, tokenizer, config, seed, epoch)
     left = batches[skip_batches:]
     own = left[rank::size]
@@ -358,6 +368,31 @@ def plan_epoch(durations_s: Sequence[float], config: DataConfig, *, seed: int, e
     if epoch < config.sorted_epochs:
         batches.sort(key=lambda batch: max(durations_s[index] for index in batch))
     return batches
+
+
+def split_by_lattice(
+    batches: Sequence[Sequence[int]], frames: Sequence[int], tokens: Sequence[int], max_cells: int
+) -> list[list[int]]:
+    """Batches of at most so many lattice cells, in the same order; an utterance with more is a batch of its own.
+
+    Args:
+        batches: numbers of utterances.
+        frames: T of each utterance, encoder frames.
+        tokens: U of each.
+        max_cells: of B * max(T) * (max(U) + 1).
+    """
+    found: list[list[int]] = []
+    for batch in batches:
+        longest = most = 0
+        part: list[int] = []
+        for index in batch:
+            longest, most = max(longest, frames[index]), max(most, tokens[index] + 1)
+            if part and (len(part) + 1) * longest * most > max_cells:
+                found.append(part)
+                part, longest, most = [], frames[index], tokens[index] + 1
+            part.append(index)
+        found.append(part)
+    return found
 
 
 @dataclass

@@ -28,6 +28,7 @@ from asr.data.loader import (
     eval_loader,
     explain_dead_worker,
     plan_epoch,
+    split_by_lattice,
     train_loader,
 )
 from asr.data.tokenizer import Tokenizer, TokenizerConfig
@@ -199,6 +200,34 @@ def test_plans_are_well_filled() -> None:
     assert sum(durations) / len(batches) > 0.8 * 120
     padded = sum(len(b) * max(durations[i] for i in b) for b in batches)
     assert padded < 1.15 * sum(durations)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 400), st.integers(0, 80)), min_size=1, max_size=40),
+    limit=st.integers(1, 100_000),
+    width=st.integers(1, 12),
+)
+def test_the_lattice_bounds_batches(sizes: list[tuple[int, int]], limit: int, width: int) -> None:
+    frames, tokens = [t for t, _ in sizes], [u for _, u in sizes]
+    numbers = list(range(len(sizes)))
+    whole = [numbers[start : start + width] for start in range(0, len(numbers), width)]
+    found = split_by_lattice(whole, frames, tokens, limit)
+    assert [i for batch in found for i in batch] == numbers and all(found)
+    cells = [len(b) * max(frames[i] for i in b) * (max(tokens[i] for i in b) + 1) for b in found]
+    assert all(len(batch) == 1 or count <= limit for batch, count in zip(found, cells, strict=True))
+    assert split_by_lattice(whole, frames, tokens, 10**9) == whole
+
+
+def test_batches_bounded_by_the_lattice_resume(stored_cuts: CutSet) -> None:
+    config = replace(STORED, max_lattice_cells=600)
+    batches = load(stored_cuts, config)
+    assert len(batches) > len(load(stored_cuts, STORED))
+    for batch in batches:
+        frames = int(((batch.feature_lens - 3) // 4).max())
+        assert batch.size == 1 or batch.size * frames * (int(batch.target_lens.max()) + 1) <= 600
+    assert sorted(ids(batches)) == sorted(cut.id for cut in stored_cuts)
+    assert_same(batches[3:], load(stored_cuts, config, skip=3))
 
 
 def test_evaluation_takes_every_cut_once_longest_first(stored_cuts: CutSet) -> None:

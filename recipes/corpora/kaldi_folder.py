@@ -46,23 +46,24 @@ def is_kaldi_folder(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FILES)
 
 
-def _table(path: Path, bad: Bad, least: int = 1) -> dict[str, tuple[int, str]]:
-    """By first word of each line: its number, and the rest."""
+def _table(path: Path, bad: Bad, told: set[str], least: int = 1) -> dict[str, tuple[int, str]]:
+    """By first word of each line: its number, and the rest; ``told`` gets the first words of lines that are bad."""
     found: dict[str, tuple[int, str]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors of Windows put a mark at the beginning
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
     for number, line in enumerate(lines, 1):
-        key, _, rest = line.strip().partition(" ")
+        key, *rest = line.split(maxsplit=1) or [""]
         if not key:
             continue
         if key in found:
             bad(path, f"{key} stands in line {found[key][0]} too", number)
-        elif len(rest.split()) < least:
-            bad(path, f"{key} has nothing behind it", number)
+        elif len(" ".join(rest).split()) < least:
+            told.add(key)
+            bad(path, f"{key} has {'less than it needs' if rest else 'nothing'} behind it", number)
         else:
-            found[key] = number, rest.strip()
+            found[key] = number, rest[0].strip()
     return found
 
 
@@ -74,15 +75,18 @@ def read_kaldi_folder(folder: Path, bad: Bad) -> list[Spoken]:
         folder: with ``FILES`` in it.
         bad: is told of lines that cannot be used.
     """
-    recordings, texts = _table(folder / "wav.scp", bad), _table(folder / "text", bad)
-    speakers = _table(folder / "utt2spk", bad) if (folder / "utt2spk").is_file() else {}
+    told: set[str] = set()  # one fault of an utterance is enough
+    recordings, texts = _table(folder / "wav.scp", bad, told), _table(folder / "text", bad, told)
+    speakers = _table(folder / "utt2spk", bad, told) if (folder / "utt2spk").is_file() else {}
     listed = folder / "segments" if (folder / "segments").is_file() else folder / "wav.scp"
     if listed.name == "segments":
-        parts = _segments(listed, bad)
+        parts = _segments(listed, bad, told)
     else:
         parts = {name: (line, name, None, None) for name, (line, _) in recordings.items()}
     found = []
     for name, (line, recording, start_s, end_s) in sorted(parts.items()):
+        if name in told:
+            continue
         if recording not in recordings:
             bad(listed, f"{name} is of recording {recording}, which wav.scp does not have", line)
         elif name not in texts:
@@ -92,22 +96,24 @@ def read_kaldi_folder(folder: Path, bad: Bad) -> list[Spoken]:
             speaker = speakers[name][1] if name in speakers else name
             found.append(Spoken(name, source, texts[name][1], speaker, listed, line, start_s, end_s))
     for name, (line, _) in texts.items():
-        if name not in parts:
+        if name not in parts and name not in told:
             bad(folder / "text", f"{name} has no recording in {listed}", line)
     return found
 
 
-def _segments(path: Path, bad: Bad) -> dict[str, tuple[int, str, float | None, float | None]]:
+def _segments(path: Path, bad: Bad, told: set[str]) -> dict[str, tuple[int, str, float | None, float | None]]:
     """By utterance: line, recording, start and end in seconds; an end of -1 is that of the recording."""
     found: dict[str, tuple[int, str, float | None, float | None]] = {}
-    for name, (line, rest) in _table(path, bad, least=3).items():
+    for name, (line, rest) in _table(path, bad, told, least=3).items():
         recording, start, end = rest.split()[:3]
         try:
             start_s, end_s = float(start), float(end)
         except ValueError:
+            told.add(name)
             bad(path, f"{name}: {start} and {end} are not times in seconds", line)
             continue
         if start_s < 0 or (end_s != -1 and end_s <= start_s):
+            told.add(name)
             bad(path, f"{name} begins at {start_s} s and ends at {end_s} s", line)
             continue
         found[name] = line, recording, start_s, None if end_s == -1 else end_s

@@ -76,6 +76,16 @@ def test_segments_rates_and_channels_become_files(own: Path, tmp_path: Path) -> 
     assert said["segments", 4] == "d is of recording nowhere, which wav.scp does not have"
     assert said["segments", 5] == "e begins at 1.0 s and ends at 0.5 s"
     assert "not times in seconds" in said["segments", 6] and "ghost has no recording" in said["text", 7]
+    assert len(said) == 5, "one fault of an utterance is enough"
+
+
+def test_tables_of_other_editors(own: Path, tmp_path: Path) -> None:
+    text = own / "train" / "text"
+    lines = text.read_text(encoding="utf-8").replace("t1 ONE", "t1\tONE").replace("t2 ONE TWO", "t2")
+    text.write_bytes(b"\xef\xbb\xbf" + lines.replace("\n", "\r\n").encode())
+    prepared = prepare(own, tmp_path / "data")
+    assert {cut.id for cut in prepared.load("train")} == {"t0", "t1", "t3", "t4", "t5"}
+    assert reasons(prepared) == {("text", 3): "t2 has nothing behind it"}
 
 
 def test_what_is_missing_is_held_out(own: Path, tmp_path: Path) -> None:

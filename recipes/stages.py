@@ -386,7 +386,11 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
         UserError: a setting, an option of the corpus or a device that does not exist or has a wrong value; an
             experiment folder of another recipe.
     """
-    overrides = list(args.set)
+    corpus = CORPORA[name]
+    prefix = "corpus_"
+    fields = {entry.name for entry in dataclasses.fields(corpus.Options)}
+    options = corpus.Options(**{field: getattr(args, prefix + field) for field in fields})
+    overrides = [*(["training.errors_in=characters"] if options.scores_characters else []), *args.set]
     if args.seed is not None:
         overrides.append(f"seed={args.seed}")
     if args.init_from is not None:
@@ -398,10 +402,6 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
     experiment.parallel.check(args.nproc * nodes.count, experiment.memory.offload)
     device = resolve_device(args.device)
     check_processes(args.nproc, device)
-    corpus = CORPORA[name]
-    prefix = "corpus_"
-    fields = {entry.name for entry in dataclasses.fields(corpus.Options)}
-    options = corpus.Options(**{field: getattr(args, prefix + field) for field in fields})
     owner = _owner(args.exp_dir)
     if owner not in (None, name) and not args.force:
         raise UserError(

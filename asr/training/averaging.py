@@ -12,6 +12,7 @@ import torch
 
 from asr import checkpoint
 from asr.data.loader import eval_loader
+from asr.data.manifests import check_cuts
 from asr.errors import CheckpointError, UserError
 from asr.models.transducer import build_model
 from asr.training.ranks import Ranks
@@ -97,6 +98,12 @@ def average(
         raise UserError(f"no whole checkpoint in {train_dir / 'checkpoints'}; run the train stage first")
     experiment = checkpoint.experiment_of(newest, str(path))
     limit_s = experiment.decoding.batch_duration_s
+    # as training does: a text that the tokenizer cannot spell has no loss
+    good, bad = check_cuts(valid_cuts, checkpoint.tokenizer_of(newest), experiment.data.features, check_audio=False)
+    if bad:
+        say(f"  left out {len(bad)} of {len(bad) + len(good)} validation cuts, the first: {bad[0].reason}")
+    if not len(good):
+        raise UserError(f"no validation cut can be used; the first: {bad[0].reason}")
     scored: list[Candidate] = []
     chosen: dict[str, Any] = {}
     for name, payload in _candidates(newest, whole, train_dir / "best.pt", config or experiment.average, say):
@@ -105,11 +112,12 @@ def average(
         checkpoint.load_weights(model, payload["model"], name)
         model.to(device)
         batches = eval_loader(
-            valid_cuts, tokenizer, experiment.data, max_duration_s=limit_s, rank=ranks.rank, size=ranks.size
+            good, tokenizer, experiment.data, max_duration_s=limit_s, rank=ranks.rank, size=ranks.size
         )
         validation = validate(model, batches, tokenizer, experiment, device, ranks=ranks)
         say(
-            f"  {name}: {validation.errors} errors in {validation.words} words, loss {validation.loss:.4f} a token"
+            f"  {name}: {validation.errors} errors in {validation.words} {experiment.training.errors_in},"
+            f" loss {validation.loss:.4f} a token"
             " on the validation cuts"
         )
         if not scored or validation.rank < min(candidate.validation.rank for candidate in scored):

@@ -316,8 +316,9 @@ class Trainer:
             errors=result.errors,
             words=result.words,
         )
+        rate = "CER" if self.config.errors_in == "characters" else "WER"
         self.line.say(
-            f"epoch {progress.epoch}: validation loss {result.loss:.4f} a token, WER {100 * result.wer:.2f}%"
+            f"epoch {progress.epoch}: validation loss {result.loss:.4f} a token, {rate} {100 * result.wer:.2f}%"
             f" [{result.errors} / {result.words}]"
         )
         return result

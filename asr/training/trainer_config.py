@@ -33,6 +33,8 @@ class TrainingConfig:
         ema_decay: decay of the exponential moving average of the weights; 0 is off.
         log_every_steps: steps between two lines of metrics.
         valid_every_epochs: epochs between two validations.
+        errors_in: what validation counts, and so what weights are chosen by: words, or characters for texts without
+            spaces.
         checkpoint_every_steps: steps between two checkpoints; each epoch also ends with one.
         keep_last: newest checkpoints that are kept.
         max_bad_batches: batches with a non-finite loss or gradient that are skipped before the run stops.
@@ -52,6 +54,7 @@ class TrainingConfig:
     ema_decay: float = 0.999
     log_every_steps: int = 10
     valid_every_epochs: int = 1
+    errors_in: Literal["words", "characters"] = "words"
     checkpoint_every_steps: int = 500
     keep_last: int = 5
     max_bad_batches: int = 10

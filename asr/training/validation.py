@@ -14,6 +14,7 @@ from asr.data.batch import Batch
 from asr.data.tokenizer import Tokenizer
 from asr.decoding import SEARCHES
 from asr.decoding.decode import evaluation_mode
+from asr.decoding.score import chars_of, words_of
 from asr.models.transducer import LossConfig, Transducer
 from asr.training.ranks import Ranks
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:  # asr.config imports asr.training
 
 @dataclass
 class Validation:
-    """loss: transducer loss per token (nats); errors, words: of greedy or the configured search."""
+    """loss: transducer loss per token (nats); errors, words: of greedy or the configured search, with
+    ``training.errors_in`` characters counted as words."""
 
     loss: float
     errors: int
@@ -56,6 +58,7 @@ def validate(
     total, tokens, errors, words = 0.0, 0, 0, 0
     decoding = experiment.decoding
     search = SEARCHES[decoding.search]
+    split = chars_of if experiment.training.errors_in == "characters" else words_of
     options = LossConfig(topology=experiment.loss.topology)
     with evaluation_mode(model):
         for batch in batches:
@@ -64,8 +67,8 @@ def validate(
             total += float(model.transducer_loss(enc, enc_lens, batch.targets, batch.target_lens, options).loss)
             tokens += int(batch.target_lens.sum())
             for text, hypothesis in zip(batch.texts, search(model, enc, enc_lens, decoding), strict=True):
-                reference = text.split()
-                errors += edit_distance(reference, tokenizer.decode(hypothesis.tokens).split())["total"]
+                reference = split(text)
+                errors += edit_distance(reference, split(tokenizer.decode(hypothesis.tokens)))["total"]
                 words += len(reference)
     total, *counts = (ranks or Ranks()).sum([total, tokens, errors, words])
     tokens, errors, words = map(round, counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import weakref
@@ -155,3 +156,27 @@ def test_a_loss_that_is_not_finite_is_never_chosen(
     monkeypatch.setattr(averaging, "validate", lambda *args, **kwargs: next(scores))
     _, candidates = average(train_dir, data.valid_cuts, AverageConfig(last=[1, 2], best=False), say=lambda text: None)
     assert candidates[0].name == "last-2"
+
+
+def test_validation_texts_that_cannot_be_spelt_are_left_out_as_in_training(data: TrainData, train_dir: Path) -> None:
+    cuts = copy.deepcopy(list(data.valid_cuts))
+    cuts[1].supervisions[0].text = "UNHEARD"
+    said: list[str] = []
+    _, candidates = average(train_dir, cuts, say=said.append)
+    words = sum(len(cut.supervisions[0].text.split()) for number, cut in enumerate(cuts) if number != 1)
+    assert {candidate.validation.words for candidate in candidates} == {words}
+    assert "left out 1 of 3 validation cuts, the first: " in said[0] and "'UNHEARD'" in said[0]
+    for cut in cuts:
+        cut.supervisions[0].text = "UNHEARD"
+    with pytest.raises(UserError, match="no validation cut can be used"):
+        average(train_dir, cuts, say=said.append)
+
+
+def test_errors_may_be_counted_in_characters(data: TrainData, train_dir: Path) -> None:
+    _, candidates = average(train_dir, data.valid_cuts, say=lambda text: None)
+    loaded = checkpoint.load(train_dir / "average.pt")
+    loaded.config.training.errors_in = "characters"
+    batches = eval_loader(data.valid_cuts, TOKENIZER, loaded.config.data)
+    found = validate(loaded.model, batches, TOKENIZER, loaded.config, torch.device("cpu"))
+    texts = [cut.supervisions[0].text.replace(" ", "") for cut in data.valid_cuts]
+    assert found.words == sum(map(len, texts)) > candidates[0].validation.words

@@ -36,10 +36,8 @@ def begin_with(
     """
     found = checkpoint.read(path)
     theirs, weights = checkpoint.tokenizer_of(found), found["model"]
-    with torch.device("meta"):
-        sizes = [build_model(experiment, count).state_dict() for count in (7, 8)]
-    by_token = {name for name, value in sizes[0].items() if value.shape != sizes[1][name].shape}
     same_tokens = tokenizer.to_state() == theirs.to_state()
+    by_token = set() if same_tokens else _token_tables(experiment)
     rows = {symbol: row for row, symbol in enumerate(theirs.symbols)}
     pairs = [(row, rows[symbol]) for row, symbol in enumerate(tokenizer.symbols) if symbol in rows]
     new = []
@@ -48,7 +46,7 @@ def begin_with(
         given = weights.get(name)
         if given is None:
             new.append(name)
-        elif name in by_token and not same_tokens:
+        elif name in by_token:
             _copy_rows(value, given, pairs)
         elif given.shape != value.shape:
             raise UserError(
@@ -64,6 +62,13 @@ def begin_with(
         say(f"new in this model: {', '.join(sorted({name.rsplit('.', 1)[0] for name in new}))}")
     if left := weights.keys() - own.keys():
         say(f"left behind: {', '.join(sorted({name.rsplit('.', 1)[0] for name in left}))}")
+
+
+def _token_tables(experiment: Experiment) -> set[str]:
+    """Names of the tensors with a row for each token: those that grow with the vocabulary."""
+    with torch.device("meta"):
+        small, large = (build_model(experiment, count).state_dict() for count in (7, 8))
+    return {name for name, value in small.items() if value.shape != large[name].shape}
 
 
 @torch.no_grad()

@@ -25,11 +25,11 @@ class TrainingConfig:
         chunk_ms: chunks of the attention, one drawn for each step: multiples of 40 ms, or full for full context.
             Frames of a chunk see each other and what lies before it. With several, one model decodes at any of them,
             and at those between. What is given twice is drawn twice as often.
+        left_context_ms: how far the frames of a chunk see back beyond it, one drawn for each step with a chunk:
+            multiples of 40 ms, or full.
         init_from: checkpoint whose weights training begins with; none for new ones. With another tokenizer, tokens of
             the same symbol keep their rows. A run that is resumed does not need it.
         freeze: parts of the model that keep their weights, by name, like [encoder.subsampling, predictor].
-        left_context_ms: how far the frames of a chunk see back beyond it, one drawn for each step with a chunk:
-            multiples of 40 ms, or full.
         ema_decay: decay of the exponential moving average of the weights; 0 is off.
         log_every_steps: steps between two lines of metrics.
         valid_every_epochs: epochs between two validations.
@@ -48,9 +48,9 @@ class TrainingConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     precision_overrides: dict[str, Literal["fp32", "bf16", "fp16"]] = field(default_factory=dict)
     chunk_ms: list[Milliseconds] = field(default_factory=lambda: ["full", "full", 160, 320, 640, 1280])
+    left_context_ms: list[Milliseconds] = field(default_factory=lambda: ["full", 2560, 5120])
     init_from: str | None = None
     freeze: list[str] = field(default_factory=list)
-    left_context_ms: list[Milliseconds] = field(default_factory=lambda: ["full", 2560, 5120])
     ema_decay: float = 0.999
     log_every_steps: int = 10
     valid_every_epochs: int = 1

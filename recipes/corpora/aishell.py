@@ -13,7 +13,7 @@ from pathlib import Path
 
 from asr.errors import UserError
 from recipes.corpora.base import CorpusOptions, CorpusWriter, Prepared
-from recipes.corpora.download import lhotse_download
+from recipes.corpora.download import lhotse_download, places_of
 from recipes.corpora.in_place import Row, add_rows
 
 NAME = "aishell"
@@ -41,9 +41,7 @@ def download(dest: Path, options: Options) -> Path:
 
 def _root(corpus_dir: Path | None) -> Path:
     """The folder of the transcripts."""
-    if corpus_dir is None:
-        raise UserError(f"{NAME} needs recordings: run the download stage, or pass --corpus-dir FOLDER")
-    places = [corpus_dir, corpus_dir / _FOLDER]
+    places = places_of(corpus_dir, NAME, (_FOLDER,))
     for place in places:
         if (place / _TRANSCRIPT).is_file():
             missing = [name for name in _FOLDERS.values() if not (place / "wav" / name).is_dir()]
@@ -89,5 +87,6 @@ def prepare(corpus_dir: Path | None, data_dir: Path, *, seed: int, options: Opti
     root = _root(corpus_dir).absolute()
     writer = CorpusWriter(data_dir, options.splits)
     rows = list(_rows(root, _texts(root / _TRANSCRIPT, writer), writer))
-    strangers = len(writer.bad_rows)
-    return writer.finish(add_rows(writer, rows, num_jobs) + strangers)
+    num_rows = len(rows) + len(writer.bad_rows)
+    add_rows(writer, rows, num_jobs)
+    return writer.finish(num_rows)

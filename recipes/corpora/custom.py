@@ -14,7 +14,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -152,17 +152,17 @@ def _add(writer: CorpusWriter, split: str, one: Heard) -> None:
 
 def _hear(group: Sequence[Spoken], split: str, writer: CorpusWriter, options: Options) -> list[Heard]:
     """Reads one recording, and writes its utterances where it cannot stay what it is."""
-    source = group[0].source
     try:
-        samples, rate_hz, in_place = _samples(source, options)
+        samples, rate_hz, in_place = _samples(group[0], options)
     except AudioError as error:
-        return [Heard(one, problem=f"{error} ({source})") for one in group]
+        return [Heard(one, problem=f"{error} ({one.source})") for one in group]
     return [_one(one, samples, rate_hz, in_place, writer.audio_path(split, one.utterance)) for one in group]
 
 
-def _samples(source: str, options: Options) -> tuple[np.ndarray, int, bool]:
+def _samples(spoken: Spoken, options: Options) -> tuple[np.ndarray, int, bool]:
     """float32 [N] at 16 kHz, the rate of the file (0 for a command), and whether the file is of 16 kHz and mono."""
-    if source.endswith("|"):
+    source = spoken.source
+    if spoken.is_command:
         if not options.run_commands:
             raise AudioError("its entry is a command; pass --run-commands if you trust it, or write files")
         return command_output(source), 0, False
@@ -190,5 +190,12 @@ def _one(spoken: Spoken, samples: np.ndarray, rate_hz: int, in_place: bool, path
     if not in_place:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_wav(path, pcm)
-    found = Heard(spoken, Path(spoken.source) if in_place else path, len(samples), pcm_digest(pcm), rate_hz)
-    return replace(found, peak=float(level.max()), clipped=float((level >= 0.999).mean()))
+    return Heard(
+        spoken,
+        Path(spoken.source) if in_place else path,
+        len(samples),
+        pcm_digest(pcm),
+        rate_hz,
+        peak=float(level.max()),
+        clipped=float((level >= 0.999).mean()),
+    )

@@ -69,6 +69,16 @@ def fetch_and_unpack(url: str, dest: Path, archive_name: str, folder_name: str) 
     return folder
 
 
+def places_of(corpus_dir: Path | None, corpus: str, subfolders: tuple[str, ...]) -> list[Path]:
+    """``corpus_dir`` and its ``subfolders``: a user may give the corpus's own folder or that in which it was unpacked.
+
+    Raises UserError if there is no folder.
+    """
+    if corpus_dir is None:
+        raise UserError(f"{corpus} needs recordings: run the download stage, or pass --corpus-dir FOLDER")
+    return [corpus_dir, *(corpus_dir / name for name in subfolders)]
+
+
 def find_wavs(
     corpus_dir: Path | None, corpus: str, subfolders: tuple[str, ...], expected: str
 ) -> tuple[Path, list[Path]]:
@@ -76,11 +86,9 @@ def find_wavs(
 
     Raises UserError that names the places looked at, and ``expected``, what a wav file of this corpus is called.
     """
-    if corpus_dir is None:
-        raise UserError(f"{corpus} needs recordings: run the download stage, or pass --corpus-dir FOLDER")
-    if not corpus_dir.is_dir():
+    places = places_of(corpus_dir, corpus, subfolders)
+    if not places[0].is_dir():
         raise UserError(f"--corpus-dir {corpus_dir} is not a folder; {corpus} needs one with {expected}")
-    places = [corpus_dir, *(corpus_dir / name for name in subfolders)]
     for place in places:
         wavs = sorted(path for path in place.glob("*.wav") if not path.name.startswith("."))
         if wavs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -37,17 +37,14 @@ class _Found(NamedTuple):
     problem: str = ""
 
 
-def add_rows(writer: CorpusWriter, rows: Iterable[Row], num_jobs: int) -> int:
-    """Adds the utterances whose files are 16 kHz mono, and a bad row for each other; how many rows there were.
+def add_rows(writer: CorpusWriter, rows: Sequence[Row], num_jobs: int) -> None:
+    """Adds the utterances whose files are 16 kHz mono, and a bad row for each other.
 
     Headers are read and nothing is decoded: a thousand hours take minutes. What is damaged behind its header shows when
     training or decoding reads it.
     """
-    count = 0
     with ThreadPoolExecutor(num_jobs) as pool:
-        listed = list(rows)
-        for row, found in zip(listed, pool.map(_look, (row.audio for row in listed)), strict=True):
-            count += 1
+        for row, found in zip(rows, pool.map(_look, (row.audio for row in rows)), strict=True):
             if found.problem:
                 writer.bad(row.listed_in, f"{row.cut_id}: {found.problem}: {row.audio}", row.line)
             elif not row.text:
@@ -56,7 +53,6 @@ def add_rows(writer: CorpusWriter, rows: Iterable[Row], num_jobs: int) -> int:
                 writer.add_file(
                     row.split, row.cut_id, row.audio, found.num_samples, found.digest, row.text, row.speaker
                 )
-    return count
 
 
 def _look(path: Path) -> _Found:

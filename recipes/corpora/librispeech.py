@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from asr.errors import UserError
 from recipes.corpora.base import CorpusOptions, CorpusWriter, Prepared
-from recipes.corpora.download import lhotse_download
+from recipes.corpora.download import lhotse_download, places_of
 from recipes.corpora.in_place import Row, add_rows
 
 NAME = "librispeech"
@@ -78,9 +78,7 @@ def download(dest: Path, options: Options) -> Path:
 
 def _root(corpus_dir: Path | None, archives: tuple[str, ...]) -> Path:
     """The folder that holds the official ones."""
-    if corpus_dir is None:
-        raise UserError(f"{NAME} needs recordings: run the download stage, or pass --corpus-dir FOLDER")
-    places = [corpus_dir, corpus_dir / _FOLDER]
+    places = places_of(corpus_dir, NAME, (_FOLDER,))
     for place in places:
         missing = [name for name in archives if not (place / name).is_dir()]
         if not missing:
@@ -115,5 +113,6 @@ def prepare(corpus_dir: Path | None, data_dir: Path, *, seed: int, options: Opti
     writer = CorpusWriter(data_dir, options.splits)
     sets = {"train": parts.train, "valid": parts.valid, **{name: (name,) for name in parts.tests}}
     rows = [row for split, names in sets.items() for name in names for row in _rows(split, root / name, writer)]
-    strangers = len(writer.bad_rows)
-    return writer.finish(add_rows(writer, rows, num_jobs) + strangers)
+    num_rows = len(rows) + len(writer.bad_rows)
+    add_rows(writer, rows, num_jobs)
+    return writer.finish(num_rows)

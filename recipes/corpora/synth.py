@@ -8,7 +8,7 @@ that it never heard.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +164,7 @@ def draw_utterance(cut_id: str, split: str, text: str, voice: str, rng: np.rando
 _SPOKEN_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def trimmed(samples: np.ndarray) -> np.ndarray:
+def _trimmed(samples: np.ndarray) -> np.ndarray:
     """Without what espeak-ng adds before and after: below 1% of the peak."""
     loud = np.flatnonzero(np.abs(samples) > 0.01 * np.abs(samples).max(initial=0.0))
     return samples[loud[0] : loud[-1] + 1] if len(loud) else samples
@@ -186,17 +186,22 @@ class _Written:
     digest: str
 
 
-def _make_shard(shard: Sequence[Utterance], writer: CorpusWriter, seed: int) -> list[_Written | None]:
-    """Speak, resample, mix and write one shard; None where espeak-ng gave no sound."""
+def recordings(shard: Sequence[Utterance], seed: int) -> Iterator[np.ndarray | None]:
+    """Speak, resample and mix one shard: int16 [N] at 16 kHz of each utterance; None where espeak-ng gave no sound."""
     rate, raw = speak([utterance.request for utterance in shard])
-    clean = [trimmed(resample(np.frombuffer(data, np.int16).astype(np.float32) / 32768, rate)) for data in raw]
+    clean = [_trimmed(resample(np.frombuffer(data, np.int16).astype(np.float32) / 32768, rate)) for data in raw]
     audible = [samples for samples in clean if rms(samples) > 0]
-    written: list[_Written | None] = []
     for utterance, samples in zip(shard, clean, strict=True):
-        if rms(samples) == 0:
+        yield to_pcm16(mix(samples, utterance, audible, seed)) if rms(samples) > 0 else None
+
+
+def _make_shard(shard: Sequence[Utterance], writer: CorpusWriter, seed: int) -> list[_Written | None]:
+    """Write one shard; None where espeak-ng gave no sound."""
+    written: list[_Written | None] = []
+    for utterance, pcm in zip(shard, recordings(shard, seed), strict=True):
+        if pcm is None:
             written.append(None)
             continue
-        pcm = to_pcm16(mix(samples, utterance, audible, seed))
         write_wav(writer.audio_path(utterance.split, utterance.cut_id), pcm)
         written.append(_Written(len(pcm), pcm_digest(pcm)))
     return written

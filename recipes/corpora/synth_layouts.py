@@ -20,10 +20,8 @@ import numpy as np
 import soundfile
 
 from asr.cli.guard import Parser, end_of_process, guarded
-from asr.data.audio import SAMPLE_RATE_HZ, resample
+from asr.data.audio import SAMPLE_RATE_HZ
 from asr.errors import UserError
-from recipes.corpora.audio import rms, to_pcm16
-from recipes.corpora.espeak import speak
 from recipes.corpora.sentences import english, mandarin
 from recipes.corpora.synth import (
     SHARD,
@@ -34,8 +32,7 @@ from recipes.corpora.synth import (
     Utterance,
     deal,
     draw_utterance,
-    mix,
-    trimmed,
+    recordings,
 )
 
 TRAIN, DEV, TEST = "train", "dev", "test"
@@ -119,8 +116,8 @@ LAYOUTS = {
 }
 
 
-def plan(layout: Layout, hours: float, seed: int) -> Iterator[tuple[int, list[Utterance]]]:
-    """Shards of utterances with their numbers: test, dev, train. ``cut_id`` is the path of the recording."""
+def plan(layout: Layout, hours: float, seed: int) -> Iterator[list[Utterance]]:
+    """Shards of utterances: test, dev, train. ``cut_id`` is the path of the recording."""
     count = max(1, round(3600 * hours / layout.mean_s))
     sizes = {TEST: max(LEAST, round(HELD_OUT * count)), DEV: max(LEAST, round(HELD_OUT * count)), TRAIN: count}
     taken: set[str] = set()
@@ -139,7 +136,7 @@ def plan(layout: Layout, hours: float, seed: int) -> Iterator[tuple[int, list[Ut
                 fresh.add(text)
                 path = layout.place(part, first_speaker + voice, shard, number)
                 utterances.append(draw_utterance(str(path), part, text, names[voice], rng))
-            yield shard, utterances
+            yield utterances
             shard += 1
         first_speaker += len(names)
         taken |= fresh if part != TRAIN else set()
@@ -160,11 +157,11 @@ def write(layout: Layout, out: Path, hours: float, seed: int = 0, num_jobs: int 
     texts: dict[Path, str] = {}
     # Threads: the work is in child processes and in array code that releases the interpreter's lock.
     with ThreadPoolExecutor(max_workers=max(1, num_jobs)) as pool:
-        shards = [utterances for _, utterances in plan(layout, hours, seed)]
+        shards = list(plan(layout, hours, seed))
         for utterances, made in zip(shards, pool.map(lambda s: _speak(s, partial, seed), shards), strict=True):
             for utterance, duration_s in zip(utterances, made, strict=True):
                 if duration_s:
-                    texts[Path(utterance.cut_id)] = utterance.request.text.replace(",", "").upper()
+                    texts[Path(utterance.cut_id)] = utterance.text
                     seconds[utterance.split] += duration_s
     layout.write_texts(partial, texts)
     partial.rename(folder)
@@ -173,15 +170,11 @@ def write(layout: Layout, out: Path, hours: float, seed: int = 0, num_jobs: int 
 
 def _speak(utterances: Sequence[Utterance], root: Path, seed: int) -> list[float]:
     """Writes one shard; seconds of each, 0 where espeak-ng gave no sound."""
-    rate, raw = speak([utterance.request for utterance in utterances])
-    clean = [trimmed(resample(np.frombuffer(data, np.int16).astype(np.float32) / 32768, rate)) for data in raw]
-    audible = [samples for samples in clean if rms(samples) > 0]
     durations = []
-    for utterance, samples in zip(utterances, clean, strict=True):
-        if rms(samples) == 0:
+    for utterance, pcm in zip(utterances, recordings(utterances, seed), strict=True):
+        if pcm is None:
             durations.append(0.0)
             continue
-        pcm = to_pcm16(mix(samples, utterance, audible, seed))
         path = root / utterance.cut_id
         path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(str(path), pcm, SAMPLE_RATE_HZ, subtype="PCM_16")

@@ -14,7 +14,7 @@ from asr.models.layers.attention import Positions, attend, attend_window
 from asr.models.layers.depthwise import depthwise_conv, depthwise_conv_after
 from asr.models.layers.dropout import Dropout
 from asr.models.layers.masks import attention_mask, length_mask
-from asr.models.layers.rotary import rotary_rates, rotary_tables, rotate_step, step_tables
+from asr.models.layers.rotary import rotary_rates, rotary_tables, rotate_step, whole_head_tables
 from asr.models.layers.subsampling import ConvSubsampling, subsampled_lens
 
 TURN = 2 * math.pi
@@ -93,7 +93,7 @@ class Window:
 
     def __init__(self, chunk_frames: int, lens: Tensor | None, bias: Tensor, angle: Tensor):
         self.chunk_frames, self.lens, self.bias = chunk_frames, lens, bias
-        self.cos, self.sin = step_tables(angle)
+        self.cos, self.sin = (table[:, :, None] for table in whole_head_tables(angle.cos(), angle.sin()))
 
     def latest(self, x: Tensor) -> Tensor:
         """Of a cache with the chunk behind it [B, ..., L + C, d]: the L frames up to the chunk's last that is there."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from asr.models.layers.rotary import apply_rotary
+from asr.models.layers.rotary import apply_rotary, whole_head_tables
 
 # Not cuDNN's, torch's first choice on Hopper GPUs: with a mask, its backward pass gives NaN where all scores of a query
 # are far below 0 and T % 128 is 64 (pytorch/pytorch issue 196678; two of 1963 steps of preset m on fsdd on an H100).
@@ -48,13 +48,8 @@ class Positions:
     def tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of whole heads, [2, 1, T, d], for queries and keys; those of queries scale the scores too."""
         if dtype not in self._tables:
-            scale = (2 * self.cos.shape[1]) ** -0.5
-            cos = torch.cat([self.cos, self.cos], dim=1)
-            sin = torch.cat([-self.sin, self.sin], dim=1)
-            self._tables[dtype] = (
-                torch.stack([cos * scale, cos])[:, None].to(dtype),
-                torch.stack([sin * scale, sin])[:, None].to(dtype),
-            )
+            cos, sin = whole_head_tables(self.cos, self.sin)
+            self._tables[dtype] = cos[:, None].to(dtype), sin[:, None].to(dtype)
         return self._tables[dtype]
 
 
@@ -62,7 +57,7 @@ def attend_window(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -
     """Attention of a chunk's queries over a window that ends with the chunk.
 
     Args:
-        queries: [B, H, C, d] of the chunk, rotated and scaled (``step_tables``).
+        queries: [B, H, C, d] of the chunk, rotated and scaled (``whole_head_tables``).
         keys, values: [B, H, W, d] of the window, W >= C, the keys rotated by the same clock.
         bias: [B, 1, 1, W], added to the scores.
 

@@ -46,22 +46,23 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def step_tables(angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Tables for ``rotate_step``; those of queries scale the scores too, by head_dim ** -0.5.
+def whole_head_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables for a head x: x * cos, plus x with its halves swapped * sin; for queries they scale the scores too, by
+    head_dim ** -0.5.
 
     Args:
-        angle: float32 [B, C, head_dim / 2].
+        cos, sin: [..., head_dim / 2].
 
     Returns:
-        cos, sin: [2, B, 1, C, head_dim], for queries and keys.
+        cos, sin: [2, ..., head_dim], for queries and keys.
     """
-    scale = torch.tensor([(2 * int(angle.shape[-1])) ** -0.5, 1.0], device=angle.device).view(2, 1, 1, 1, 1)
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    return scale * torch.cat([cos, cos], dim=-1), scale * torch.cat([-sin, sin], dim=-1)
+    scale = (2 * int(cos.shape[-1])) ** -0.5  # a number, also in a graph that is recorded
+    cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    return torch.stack([cos * scale, cos]), torch.stack([sin * scale, sin])
 
 
 def rotate_step(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``apply_rotary`` to queries and keys of a chunk [2, B, H, C, head_dim], by ``step_tables``."""
+    """``apply_rotary`` to queries and keys of a chunk [2, B, H, C, d], by ``whole_head_tables`` as [2, B, 1, C, d]."""
     half = int(x.shape[-1]) // 2  # a number, also in a graph that is recorded
     swapped = torch.cat([x[..., half:], x[..., :half]], dim=-1)
     return x * cos.to(x.dtype) + swapped * sin.to(x.dtype)

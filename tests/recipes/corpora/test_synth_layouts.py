@@ -46,7 +46,7 @@ def test_numbers_are_said_in_characters(number: int, said: str) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_dev_and_test_hold_no_sentence_and_no_voice_of_training(name: str) -> None:
-    utterances = [one for _, shard in plan(LAYOUTS[name], 1.0, 0) for one in shard]
+    utterances = [one for shard in plan(LAYOUTS[name], 1.0, 0) for one in shard]
     texts = {part: {one.request.text for one in utterances if one.split == part} for part in (TRAIN, DEV, TEST)}
     voices = {part: {one.request.voice for one in utterances if one.split == part} for part in (TRAIN, DEV, TEST)}
     for first, second in ((TRAIN, DEV), (TRAIN, TEST), (DEV, TEST)):

@@ -53,7 +53,8 @@ class Stage:
     settings; a leading ``!`` leaves a sub-tree out (``("train", "!train.num_workers")``). ``local_keys`` make only this
     stage run again; later ones follow only if its outputs change (the place of the corpus, checks). ``resume_dir`` is a
     folder in which an interrupted run goes on; when the settings have changed it is renamed to ``<resume_dir>.old-N``,
-    and with it ``results_dir``, what later stages found out about it.
+    and with it ``results_dir``, what later stages found out about it. ``check(context)`` raises a UserError for what it
+    could not begin with, before anything of an earlier run is touched; a run that goes on is not asked.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Stage:
     local_keys: tuple[str, ...] = ()
     resume_dir: str | None = None
     results_dir: str | None = None
+    check: Callable[[Any], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -283,6 +285,8 @@ class Pipeline:
         begin = time.monotonic()
         try:
             upstream = {name: self._seen(name) for name in self.upstream[stage.name]}
+            if stage.check is not None and not self._goes_on(stage, upstream, force=force):
+                stage.check(context)
             marker_path = self.exp_dir / DONE_DIR / f"{stage.name}.json"
             marker_path.unlink(missing_ok=True)  # from here on the old outputs may be half overwritten
             if stage.resume_dir is not None:
@@ -327,14 +331,25 @@ class Pipeline:
         marker = self.marker(name) or {}
         return {"hash": marker.get("hash"), "result": marker.get("result")}
 
+    def _started(self, stage: Stage, upstream: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+        """Where it is noted what a run began with, and what this one begins with."""
+        results = {name: seen["result"] for name, seen in upstream.items()}
+        path = self.exp_dir / DONE_DIR / f"{stage.name}.started.json"
+        return path, {"hash": self.hashes[stage.name], "upstream": results}
+
+    def _goes_on(self, stage: Stage, upstream: dict[str, Any], *, force: bool) -> bool:
+        """Whether a run with the same settings and inputs began the stage's folder."""
+        assert stage.resume_dir is not None
+        folder = self.exp_dir / stage.resume_dir
+        path, started = self._started(stage, upstream)
+        return folder.is_dir() and exists(folder) and not force and _read_json(path) == started
+
     def _clear_resume_dir(self, stage: Stage, upstream: dict[str, Any], *, force: bool) -> None:
         """Leaves the folder alone when a run with the same settings and inputs began it, else moves it aside."""
         assert stage.resume_dir is not None
         folder = self.exp_dir / stage.resume_dir
-        started_path = self.exp_dir / DONE_DIR / f"{stage.name}.started.json"
-        results = {name: seen["result"] for name, seen in upstream.items()}
-        started = {"hash": self.hashes[stage.name], "upstream": results}
-        if folder.is_dir() and exists(folder) and (force or _read_json(started_path) != started):
+        started_path, started = self._started(stage, upstream)
+        if folder.is_dir() and exists(folder) and not self._goes_on(stage, upstream, force=force):
             kept = set_aside(folder, *([self.exp_dir / stage.results_dir] if stage.results_dir else []))
             where = " and ".join(str(path) for path in kept)
             print(f"stage {stage.name}: starts anew; the earlier run is kept in {where}", flush=True)

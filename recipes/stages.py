@@ -142,6 +142,25 @@ def run_tokenizer(recipe: Recipe) -> None:
     print(f"  {tokenizer.vocab_size} tokens, blank included", flush=True)
 
 
+def check_beginning(recipe: Recipe) -> None:
+    """Whether a new training finds the checkpoint whose weights it is to begin with.
+
+    Raises:
+        UserError: it is not there or no checkpoint; or it is of the training that this one sets aside.
+    """
+    from asr import checkpoint
+
+    given = recipe.experiment.training.init_from
+    if given is None:
+        return
+    checkpoint.outline(Path(given))
+    if Path(given).resolve().is_relative_to(recipe.path("train").resolve()):
+        raise UserError(
+            f"training.init_from={given} is of the training in {recipe.path('train')}, whose place the new one takes; "
+            "copy the file elsewhere, or choose another --exp-dir"
+        )
+
+
 def run_train(recipe: Recipe) -> None:
     """Trains; goes on from the newest checkpoint of the folder if there is one."""
     from asr.data.features import FeatureStats
@@ -353,6 +372,7 @@ def stages(experiment: Experiment, options: CorpusOptions) -> list[Stage]:
             checks,
             resume_dir="train",
             results_dir="decode",
+            check=check_beginning,
         ),
         Stage(
             "average",

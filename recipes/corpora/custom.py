@@ -24,7 +24,15 @@ from asr.data.audio import SAMPLE_RATE_HZ, AudioError, read_audio
 from asr.errors import UserError
 from recipes.corpora.audio import MIN_DURATION_S, pcm_digest, to_pcm16, write_wav
 from recipes.corpora.base import CorpusOptions, CorpusWriter, Prepared
-from recipes.corpora.kaldi_folder import FILES, Bad, Spoken, command_output, is_kaldi_folder, read_kaldi_folder
+from recipes.corpora.kaldi_folder import (
+    FILES,
+    Bad,
+    Spoken,
+    command_output,
+    is_kaldi_folder,
+    missing_files,
+    read_kaldi_folder,
+)
 from recipes.corpora.preflight import Heard, report
 
 NAME = "custom"
@@ -69,6 +77,8 @@ def _sets(corpus_dir: Path | None) -> dict[str, Path]:
             manifests = [corpus_dir / f"cuts_{name}.jsonl{end}" for end in (".gz", "")]
             places = [path for path in manifests if path.is_file()]
             places += [corpus_dir / name] if is_kaldi_folder(corpus_dir / name) else []
+            if not places and (missing := missing_files(corpus_dir / name)):
+                raise UserError(f"{corpus_dir / name} has no {missing}, which a Kaldi data folder needs; add it")
             if len(places) > 1 or (places and split in found):
                 raise UserError(f"{corpus_dir} has {split} twice, as {found.get(split, places[0])} and {places[-1]}")
             if places:

@@ -46,6 +46,12 @@ def is_kaldi_folder(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FILES)
 
 
+def missing_files(folder: Path) -> str:
+    """Which of these files a folder that has another of them has not; nothing of other folders."""
+    there = {name for name in FILES if (folder / name).is_file()}
+    return " and ".join(name for name in FILES if there and name not in there)
+
+
 def _table(path: Path, bad: Bad, told: set[str], least: int = 1) -> dict[str, tuple[int, str]]:
     """By first word of each line: its number, and the rest; ``told`` gets the first words of lines that are bad."""
     found: dict[str, tuple[int, str]] = {}

@@ -38,6 +38,7 @@ class Recipe:
         self.settings: dict[str, Any] = json.loads(json.dumps(SETTINGS))
         self.content = {name: name for name in ("prepare", "features", "tokenizer", "train", "decode")}
         self.hooks: dict[str, Callable[[], None]] = {}
+        self.check: Callable[[Any], None] | None = None  # of training
 
     def _run(self, name: str, path: str) -> Callable[[Any], None]:
         def run(context: Any) -> None:
@@ -69,6 +70,7 @@ class Recipe:
                 ("train",),
                 resume_dir="train",
                 results_dir="decode",
+                check=self.check,
             ),
             Stage(
                 "decode",
@@ -359,6 +361,30 @@ def test_killed_training_with_other_settings_starts_anew_and_keeps_the_old(
     assert (recipe.exp_dir / "train.old-1" / "step-1.pt").read_text() == "weights"
     assert [path.name for path in (recipe.exp_dir / "train").iterdir()] == ["best.pt"]
     assert "starts anew; the earlier run is kept in" in capsys.readouterr().out
+
+
+def test_what_a_stage_cannot_begin_with_is_said_before_anything_is_touched(recipe: Recipe) -> None:
+    def refuse(_: Any) -> None:
+        raise UserError("no such file")
+
+    assert recipe.go() == ALL
+    recipe.check = refuse
+    recipe.settings["train"]["lr"] = 0.3
+    with pytest.raises(StageFailed, match="no such file"):
+        recipe.go()
+    assert not list(recipe.exp_dir.glob("*.old-*"))
+    recipe.settings["train"]["lr"] = 0.1
+    assert recipe.go() == [], "the run of before is as it was"
+
+
+def test_a_run_that_goes_on_is_not_asked_what_it_began_with(recipe: Recipe) -> None:
+    _half_trained(recipe)
+
+    def refuse(_: Any) -> None:
+        raise UserError("no such file")
+
+    recipe.check = refuse
+    assert recipe.go() == ["train", "decode"]
 
 
 def test_training_on_other_data_starts_anew(recipe: Recipe) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 import recipes.cli
+from asr import checkpoint
 from asr.errors import UserError
 from asr.training.trainer import Trainer
 from recipes.cli import make_parser
 from recipes.corpora import CORPORA
 from recipes.engine import Pipeline
-from recipes.stages import make_recipe
+from recipes.stages import check_beginning, make_recipe
 from tests.integration.tiny import write_config, write_corpus
 
 STAGES = ["download", "prepare", "features", "tokenizer", "train", "average", "decode", "export", "verify"]
@@ -113,6 +114,20 @@ def test_another_subset_is_downloaded(tmp_path: Path) -> None:
     before = _pipeline(tmp_path, corpus="librispeech")
     after = _pipeline(tmp_path, "--subset", "100h", corpus="librispeech")
     assert [name for name in STAGES if before.hashes[name] != after.hashes[name]] == STAGES
+
+
+def test_training_begins_with_no_file_that_is_missing_or_would_be_set_aside(tmp_path: Path) -> None:
+    inside = tmp_path / "exp" / "train" / "average.pt"
+    inside.parent.mkdir(parents=True)
+    inside.write_bytes(b"no checkpoint")
+    for given, says in ((tmp_path / "typo.pt", "typo.pt does not exist"), (inside, "is corrupt or no checkpoint")):
+        args = make_parser("yesno").parse_args(["--exp-dir", str(tmp_path / "exp"), "--init-from", str(given)])
+        recipe, _ = make_recipe("yesno", args, "command", None)
+        with pytest.raises(UserError, match=says):
+            check_beginning(recipe)
+    checkpoint.atomic_save(dict.fromkeys(checkpoint.KEYS) | {"format_version": checkpoint.FORMAT_VERSION}, inside)
+    with pytest.raises(UserError, match="whose place the new one takes; copy the file elsewhere"):
+        check_beginning(recipe)
 
 
 # -- a real run -------------------------------------------------------------------------------------------------------

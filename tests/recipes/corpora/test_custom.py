@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def test_tables_of_other_editors(own: Path, tmp_path: Path) -> None:
 
 def test_what_is_missing_is_held_out(own: Path, tmp_path: Path) -> None:
     for name in ("dev", "test"):
-        (own / name / "text").unlink()
+        shutil.rmtree(own / name)
     prepared = prepare(own, tmp_path / "data", custom.Options(held_out=0.2))
     assert prepared.counts == {"train": 4, "valid": 1, "test": 1}
     ids = [cut.id for split in ("train", "valid", "test") for cut in prepared.load(split)]
@@ -98,6 +99,15 @@ def test_what_is_missing_is_held_out(own: Path, tmp_path: Path) -> None:
     assert prepare(own, tmp_path / "again", custom.Options(held_out=0.2)).checksums == prepared.checksums
     with pytest.raises(UserError, match="held_out=0.5 is not between 0 and 0.5"):
         custom.Options(held_out=0.5)
+
+
+def test_half_a_data_folder_is_not_passed_over(own: Path, tmp_path: Path) -> None:
+    for name, file in (("test", "text"), ("dev", "wav.scp")):
+        (own / name / file).rename(own / "kept")
+        with pytest.raises(UserError, match=f"own/{name} has no {file}, which a Kaldi data folder needs"):
+            prepare(own, tmp_path / "data")
+        (own / "kept").rename(own / name / file)
+    assert not (tmp_path / "data").exists()
 
 
 def test_manifests_of_lhotse(own: Path, tmp_path: Path) -> None:

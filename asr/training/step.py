@@ -86,13 +86,17 @@ class Stepper:
         self.record: Callable[..., None] = lambda **_: None
         self.progress = Progress()
 
-    def _context(self) -> Context:
-        """Drawn for a step, so that its batches may be spread over processes or accumulation."""
+    def _contexts(self) -> list[Context]:
+        """Drawn for a step, so that its batches may be spread over processes or accumulation; each batch has a pass
+        with each of them."""
 
         def draw(name: str, values: list[Milliseconds]) -> Milliseconds:
             return values[seed_of(self.experiment.seed, name, self.progress.step) % len(values)]
 
-        return context(draw("chunk", self.config.chunk_ms), draw("left context", self.config.left_context_ms))
+        chunks, both = self.config.chunk_ms, self.config.dual_mode
+        drawn = draw("chunk", [chunk for chunk in chunks if chunk != "full"] if both else chunks)
+        contexts = [context(drawn, draw("left context", self.config.left_context_ms))]
+        return [context("full", "full"), *contexts] if both else contexts
 
     def _count(self, batches: list[Batch]) -> int:
         by_tokens = self.config.normalize == "tokens"
@@ -103,7 +107,7 @@ class Stepper:
         by_steps = self.progress.step / self.config.max_steps if self.config.max_steps else 0.0
         return max(by_steps, self.progress.consumed_s / self.total_s)
 
-    def _forward(self, batch: Batch, done: float) -> TransducerLosses:
+    def _forward(self, batch: Batch, heard: Context, done: float) -> TransducerLosses:
         batch = batch.to(self.device, non_blocking=True)
         with autocast(self.precision, self.device):
             losses: TransducerLosses = self.parallel.forward(
@@ -112,7 +116,7 @@ class Stepper:
                 batch.targets,
                 batch.target_lens,
                 self.experiment.loss,
-                *self._context(),
+                *heard,
                 done=done,
             )
         return losses
@@ -151,7 +155,7 @@ class Stepper:
             free_memory()
         for batch, reason in tried.skipped:
             bad.skip(batch, progress.step + 1, reason)
-        used = [self._count(tried.used), len(tried.used), len(tried.skipped), audio_s, real]
+        used = [self._count(tried.used), len(_distinct(tried.used)), len(tried.skipped), audio_s, real]
         sizes = sum(b.size for b in batches[:real])
         used_count, used_batches, skipped, audio_s, real_batches, size, *sums = self.ranks.sum(
             [*used, sizes, *tried.sums.values()]
@@ -178,6 +182,7 @@ class Stepper:
     def _rounds(self, batches: list[Batch], real: int) -> tuple[list[_Round], int]:
         """What is computed one after the other, as much on each process, and the count that the loss is divided by."""
         rows = self.ranks.rows([self.pieces.of(batch) for batch in batches])
+        contexts = self._contexts()
         rounds = []
         for number, batch in enumerate(batches):
             agreed = max(1, *(round(row[number]) for row in rows))
@@ -188,7 +193,10 @@ class Stepper:
                 part = parts[piece] if here and not left_out else stand_in(batch)
                 counts = here and number < real and not left_out
                 lost = parts[piece] if left_out and number < real else None
-                rounds.append(_Round(number, piece, agreed, batch, part, counts, lost))
+                rounds += [
+                    _Round(number, piece, agreed, batch, part, counts, lost, mode, heard)
+                    for mode, heard in enumerate(contexts)
+                ]
         return rounds, round(self.ranks.sum([self._count([turn.part for turn in rounds if turn.counts])])[0])
 
     def _gradients(self, rounds: list[_Round], count: int, done: float, tried: _Attempt) -> bool:
@@ -197,16 +205,17 @@ class Stepper:
         scale = ranks.size * (progress.loss_scale if self.precision == "fp16" else 1.0) / max(count, 1)
         tried.rounds = len(rounds)
         for number, turn in enumerate(rounds):
-            if turn.left_out is not None:
+            if turn.left_out is not None and turn.mode == 0:
                 tried.skipped.append((turn.left_out, "does not fit in memory"))
             # what is random depends on the step and the batch's place in it alone: a resumed run needs no generator
             # state, and several processes draw what one would draw
             micro = turn.number * ranks.size + ranks.rank
-            piece = (turn.piece,) if turn.piece else ()
-            torch.manual_seed(seed_of(self.experiment.seed, "step", progress.step, micro, *piece))
+            piece = (turn.piece,) if turn.piece or turn.mode else ()
+            mode = (turn.mode,) if turn.mode else ()
+            torch.manual_seed(seed_of(self.experiment.seed, "step", progress.step, micro, *piece, *mode))
             last = number + 1 == len(rounds)
             with contextlib.nullcontext() if last else self.parallel.no_sync():
-                losses = self._tried(turn, partial(self._forward, turn.part, done))
+                losses = self._tried(turn, partial(self._forward, turn.part, turn.heard, done))
                 finite = losses is None or bool(torch.isfinite(losses.loss))
                 broken, over = ranks.sum([not finite, losses is None])
                 if over:
@@ -218,7 +227,7 @@ class Stepper:
                     return False
                 assert losses is not None
                 if broken:
-                    if turn.counts and not finite:
+                    if turn.counts and not finite and not any(turn.part is batch for batch, _ in tried.skipped):
                         tried.skipped.append((turn.part, f"non-finite loss {losses.loss.item()}"))
                     continue
                 # gradients are averaged over processes, and those of a stand-in are 0
@@ -238,7 +247,7 @@ class Stepper:
         would hide the shares and their gradients from the optimizer's step, and its new weights from the next one."""
         if self.ranks.size > 1:
             # in the thread that computes: see `Computing`
-            self.computing.call(lambda: (self._forward(stand_in(turn.batch), done).loss * 0.0).backward())
+            self.computing.call(lambda: (self._forward(stand_in(turn.batch), turn.heard, done).loss * 0.0).backward())
 
     def _tried(self, turn: _Round, compute: Callable[[], Any], alone: bool = False) -> Any:
         """What it returns; None if memory did not suffice, and the batch is to be computed in more pieces.
@@ -289,7 +298,7 @@ class Stepper:
         norm = self.parallel.clip_grad_norm(optim.clip_grad_norm or math.inf)
         overflow = not math.isfinite(norm)
         if tried.kept and overflow and scale == 1.0:
-            for batch in tried.used:
+            for batch in _distinct(tried.used):
                 bad.skip(batch, progress.step + 1, f"non-finite gradient norm {norm}")
             bad.skipped(round(used_batches))
         elif tried.kept and not overflow:
@@ -309,6 +318,11 @@ class Stepper:
         return norm
 
 
+def _distinct(batches: list[Batch]) -> list[Batch]:
+    """Each once, however many passes it had."""
+    return list({id(batch): batch for batch in batches}.values())
+
+
 def _backward(loss: Tensor) -> bool:
     loss.backward()
     return True
@@ -326,6 +340,8 @@ class _Round:
         part: what is computed.
         counts: whether it does; if not, it stands in for what is not there.
         left_out: an utterance that is known not to fit, which the part stands in for.
+        mode: number of the pass over this piece: with ``training.dual_mode`` there are two.
+        heard: chunk and left context of the pass.
     """
 
     number: int
@@ -335,6 +351,8 @@ class _Round:
     part: Batch
     counts: bool
     left_out: Batch | None
+    mode: int
+    heard: Context
 
 
 @dataclass

@@ -88,6 +88,29 @@ def test_accumulation_equals_one_batch_of_twice_the_size(data: TrainData, tmp_pa
     assert max((trees[1][name] - value).abs().max() for name, value in before.items()) > 0.01
 
 
+def test_dual_mode_takes_the_mean_of_both_passes(data: TrainData, tmp_path: Path) -> None:
+    settings = [*NO_DROPOUT, "optim.clip_grad_norm=0", "training.left_context_ms=[80]", "model.encoder.num_layers=2"]
+    chunks = {"full": ["chunk_ms=[full]"], "chunked": ["chunk_ms=[80]"], "dual": ["chunk_ms=[full,80]", "dual_mode=true"]}
+    losses, gradients = {}, {}
+    for name, of_training in chunks.items():
+        config = experiment(*settings, *(f"training.{setting}" for setting in of_training))
+        batch = next(iter(train_loader(data.train_cuts, TOKENIZER, config.data, seed=0, epoch=0)))
+        trainer = make_trainer(config, data, tmp_path)
+        losses[name] = trainer.step([batch], allow(trainer))["loss"]
+        assert (trainer.progress.step, trainer.progress.batch) == (1, 1)
+        gradients[name] = {name: p.grad for name, p in trainer.model.named_parameters()}
+    assert losses["full"] != pytest.approx(losses["chunked"], rel=1e-4)
+    assert losses["dual"] == pytest.approx((losses["full"] + losses["chunked"]) / 2, rel=1e-6)
+    for name, value in gradients["dual"].items():
+        mean = (gradients["full"][name] + gradients["chunked"][name]) / 2
+        torch.testing.assert_close(value, mean, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_dual_mode_needs_a_chunk() -> None:
+    with pytest.raises(UserError, match="needs a chunk besides full in training.chunk_ms"):
+        experiment("training.dual_mode=true", "training.chunk_ms=[full]")
+
+
 def test_the_gradient_is_clipped_and_its_norm_is_that_before(data: TrainData, tmp_path: Path) -> None:
     config = experiment("optim.clip_grad_norm=0.01")
     trainer = make_trainer(config, data, tmp_path)

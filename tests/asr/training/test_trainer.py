@@ -90,7 +90,8 @@ def test_accumulation_equals_one_batch_of_twice_the_size(data: TrainData, tmp_pa
 
 def test_dual_mode_takes_the_mean_of_both_passes(data: TrainData, tmp_path: Path) -> None:
     settings = [*NO_DROPOUT, "optim.clip_grad_norm=0", "training.left_context_ms=[80]", "model.encoder.num_layers=2"]
-    chunks = {"full": ["chunk_ms=[full]"], "chunked": ["chunk_ms=[80]"], "dual": ["chunk_ms=[full,80]", "dual_mode=true"]}
+    chunks = {"full": ["chunk_ms=[full]"], "chunked": ["chunk_ms=[80]"]}
+    chunks["dual"] = ["chunk_ms=[full,80]", "dual_mode=true"]
     losses, gradients = {}, {}
     for name, of_training in chunks.items():
         config = experiment(*settings, *(f"training.{setting}" for setting in of_training))

@@ -7,6 +7,7 @@ utterance in training, in offline decoding and on a device that is fed the same 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Literal
 
 import kaldi_native_fbank
@@ -15,9 +16,14 @@ import torch
 from lhotse.features.base import FeatureExtractor, register_extractor
 
 from asr.data.audio import SAMPLE_RATE_HZ
+from asr.data.fbank_kernel import Tables, log_mel, make_tables
 
 FRAME_SHIFT_MS = 10
 FRAME_SHIFT_SAMPLES = SAMPLE_RATE_HZ * FRAME_SHIFT_MS // 1000
+FRAME_SAMPLES = 400
+FIRST_SAMPLE = FRAME_SHIFT_SAMPLES // 2 - FRAME_SAMPLES // 2
+"""The first frame begins this far before the audio: frames are centred on the middles of their shifts."""
+PREEMPHASIS = np.float32(0.97)
 SUBSAMPLING = 4
 """Feature frames per encoder frame: two unpadded 3x3 stride-2 convolutions, T' = (T - 3) // 4."""
 EXTRA_FRAMES = 3
@@ -95,7 +101,7 @@ def pad_tail(samples: np.ndarray, config: FeatureConfig) -> np.ndarray:
 
 
 class Fbank:
-    """Log-mel energies by kaldi-native-fbank with the settings that device runtimes use, equal to theirs bit by bit.
+    """Log-mel energies with the settings that device runtimes use: those of kaldi-native-fbank but for rounding.
 
     25 ms Povey windows every 10 ms, 512-point FFT, mel bins from 20 Hz to 7600 Hz, pre-emphasis 0.97, DC removed, no
     dither, frames centred on multiples of 10 ms (snip_edges off), no energy. Samples in [-1, 1], not in the 16-bit
@@ -104,21 +110,7 @@ class Fbank:
 
     def __init__(self, config: FeatureConfig | None = None) -> None:
         self.config = FeatureConfig() if config is None else config
-        options = kaldi_native_fbank.FbankOptions()
-        options.frame_opts.samp_freq = SAMPLE_RATE_HZ
-        options.frame_opts.frame_shift_ms = FRAME_SHIFT_MS
-        options.frame_opts.frame_length_ms = 25
-        options.frame_opts.dither = 0
-        options.frame_opts.preemph_coeff = 0.97
-        options.frame_opts.remove_dc_offset = True
-        options.frame_opts.window_type = "povey"
-        options.frame_opts.round_to_power_of_two = True
-        options.frame_opts.snip_edges = False
-        options.mel_opts.num_bins = self.config.num_mel_bins
-        options.mel_opts.low_freq = 20
-        options.mel_opts.high_freq = -400
-        options.use_energy = False
-        self._options = options
+        self._tables = _tables(self.config.num_mel_bins)
 
     def extract(self, samples: np.ndarray) -> np.ndarray:
         """Features of a waveform as it is; call ``pad_tail`` before.
@@ -133,14 +125,37 @@ class Fbank:
             ValueError: ``samples`` is not a float32 vector, or holds a value that is not finite.
         """
         check_samples(samples)
-        bank = kaldi_native_fbank.OnlineFbank(self._options)
-        bank.accept_waveform(SAMPLE_RATE_HZ, samples)
-        bank.input_finished()
-        return _frames(bank, 0)
+        return self.frames(samples, FIRST_SAMPLE, num_audio_frames(samples.size))
+
+    def frames(self, samples: np.ndarray, start: int, count: int) -> np.ndarray:
+        """``count`` frames, the first from sample ``start`` on, float32 [count, F]; samples as ``extract`` takes them.
+
+        At both ends the waveform goes on with its mirror image.
+        """
+        features = np.empty((count, self.config.num_mel_bins), dtype=np.float32)
+        # one form of array, so that the loops are compiled once
+        wave = np.require(samples, np.float32, ["C", "W"])
+        log_mel(wave, start, FRAME_SHIFT_SAMPLES, PREEMPHASIS, self._tables, features)
+        return features
 
     def stream(self) -> FbankStream:
         """Features of a waveform that arrives in pieces."""
-        return FbankStream(self.config, kaldi_native_fbank.OnlineFbank(self._options))
+        return FbankStream(self)
+
+
+@cache
+def _tables(num_mel_bins: int) -> Tables:
+    """Window and mel weights of kaldi-native-fbank."""
+    options = kaldi_native_fbank.FbankOptions()
+    options.frame_opts.samp_freq = SAMPLE_RATE_HZ
+    options.frame_opts.frame_length_ms = FRAME_SAMPLES * 1000 // SAMPLE_RATE_HZ
+    options.frame_opts.window_type = "povey"
+    options.frame_opts.round_to_power_of_two = True
+    options.mel_opts.num_bins = num_mel_bins
+    options.mel_opts.low_freq = 20
+    options.mel_opts.high_freq = -400
+    window = kaldi_native_fbank.FeatureWindowFunction(options.frame_opts).window
+    return make_tables(window, kaldi_native_fbank.MelBanks(options.mel_opts, options.frame_opts).get_matrix())
 
 
 class FbankStream:
@@ -149,10 +164,12 @@ class FbankStream:
     Made by ``Fbank.stream``. Nothing is kept but what later frames need.
     """
 
-    def __init__(self, config: FeatureConfig, bank: Any) -> None:
+    def __init__(self, fbank: Fbank) -> None:
         self.num_samples = 0  # so far, without the tail
-        self._config, self._bank = config, bank
+        self._fbank = fbank
         self._taken = 0
+        self._rest = np.zeros(0, dtype=np.float32)
+        self._rest_start = 0  # the number of its first sample
 
     def accept(self, samples: np.ndarray) -> np.ndarray:
         """The next samples, float32 [N] in [-1, 1] at 16 kHz, of any number.
@@ -165,24 +182,24 @@ class FbankStream:
         """
         check_samples(samples)
         self.num_samples += samples.size
-        return self._accept(samples)
+        self._rest = np.concatenate([self._rest, samples])
+        received = self._rest_start + self._rest.size
+        return self._take(max(0, (received - FIRST_SAMPLE - FRAME_SAMPLES) // FRAME_SHIFT_SAMPLES + 1))
 
     def finish(self) -> np.ndarray:
         """Appends the silent tail; float32 [T, F], the last frames. Nothing may come after it."""
-        tail = padded_num_samples(self.num_samples, self._config) - self.num_samples
-        before = self._accept(np.zeros(tail, dtype=np.float32))
-        self._bank.input_finished()
-        return np.concatenate([before, self._take()])
+        padded = padded_num_samples(self.num_samples, self._fbank.config)
+        tail = np.zeros(padded - self.num_samples, dtype=np.float32)
+        self._rest = np.concatenate([self._rest, tail])
+        return self._take(num_audio_frames(padded))
 
-    def _accept(self, samples: np.ndarray) -> np.ndarray:
-        if samples.size:
-            self._bank.accept_waveform(SAMPLE_RATE_HZ, samples)
-        return self._take()
-
-    def _take(self) -> np.ndarray:
-        features = _frames(self._bank, self._taken)
-        self._bank.pop(len(features))
-        self._taken += len(features)
+    def _take(self, known: int) -> np.ndarray:
+        start = FIRST_SAMPLE + self._taken * FRAME_SHIFT_SAMPLES
+        features = self._fbank.frames(self._rest, start - self._rest_start, known - self._taken)
+        self._taken = known
+        keep = max(0, FIRST_SAMPLE + known * FRAME_SHIFT_SAMPLES - self._rest_start)
+        self._rest = self._rest[keep:].copy()
+        self._rest_start += keep
         return features
 
 
@@ -192,14 +209,6 @@ def check_samples(samples: np.ndarray) -> None:
         raise ValueError(f"samples must be float32 [N], got {samples.dtype} of shape {samples.shape}")
     if not np.isfinite(samples).all():
         raise ValueError("samples hold NaN or infinity; the recording is broken")
-
-
-def _frames(bank: Any, start: int) -> np.ndarray:
-    """Frames of a kaldi-native-fbank feature bank from ``start`` to the last that is ready, float32 [T, F]."""
-    features = np.empty((bank.num_frames_ready - start, bank.dim), dtype=np.float32)
-    for t in range(len(features)):
-        features[t] = bank.get_frame(start + t)
-    return features
 
 
 @dataclass

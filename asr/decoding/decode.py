@@ -23,6 +23,7 @@ from asr.decoding.score import Score, Transcribed, score, words_of
 from asr.decoding.search import DecodingConfig, Hypothesis
 from asr.errors import UserError
 from asr.training.ranks import Ranks
+from losses.backends.threads import map_in_threads
 
 if TYPE_CHECKING:  # asr.config imports asr.decoding
     from asr.config import Experiment
@@ -108,12 +109,16 @@ def decode_cuts(
     """
     results: list[Decoded] = []
     ranks = ranks or Ranks()
-    limit_s = config.decoding.batch_duration_s
+    # whole batches side by side keep cores busier than one batch whose operations and search are spread over them
+    threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
+    limit_s = config.decoding.batch_duration_s / threads
     # Without a tokenizer: the references are compared as text, so words that it cannot spell are no reason to fail.
     loader = eval_loader(cuts, None, config.data, max_duration_s=limit_s, rank=ranks.rank, size=ranks.size)
     with evaluation_mode(model):
-        for batch in loader:
-            results += decode_batch(model, tokenizer, batch.to(device), config.decoding)
+        for found in map_in_threads(
+            lambda batch: decode_batch(model, tokenizer, batch.to(device), config.decoding), loader, threads
+        ):
+            results += found
     return sorted(ranks.gather(results), key=lambda result: result.cut_id)
 
 

@@ -213,7 +213,8 @@ class StreamingRecognizer:
         """
         ready = [stream for stream in streams if stream._slot is not None and stream.ready]
         if ready:
-            self._step(ready)
+            # in the order of their states, which then need not be picked out where all go on
+            self._step(sorted(ready, key=lambda stream: stream._slot or 0))
         for stream in streams:
             if stream.finished and not stream.ended and not stream.ready:
                 stream._close()

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -83,6 +84,9 @@ class _Pool:
 
 
 _pool = _Pool()
+_END = object()
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def balanced(costs: Sequence[int], count: int) -> list[np.ndarray]:
@@ -125,6 +129,31 @@ def serial_torch() -> Iterator[int]:
     finally:
         if count > 1:
             torch.set_num_threads(count)
+
+
+def map_in_threads(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+    """function(item) of each item, in their order, on so many threads of the pool, each with one thread of torch.
+
+    No more items are taken than are computed at once. With one thread the caller's does the work, and torch has all its
+    threads.
+    """
+    if threads <= 1:
+        yield from map(function, items)
+        return
+    under_way: deque[tuple[T, Future | None]] = deque()
+    rest = iter(items)
+    try:
+        while True:
+            while len(under_way) < threads and (item := next(rest, _END)) is not _END:
+                under_way.append((item, _pool.submit(function, item)))  # type: ignore[arg-type]
+            if not under_way:
+                return
+            first, future = under_way.popleft()
+            yield function(first) if future is None else future.result()
+    finally:
+        for _, future in under_way:
+            if future is not None:
+                future.cancel()
 
 
 def start_tasks(tasks: Sequence[Callable[[], None]], threads: int) -> Callable[[], None]:

@@ -7,11 +7,13 @@ meets it, in whatever order, and after any interruption.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from lhotse import MonoCut
+from scipy.fft import irfft, next_fast_len
 
 from asr.data.audio import SAMPLE_RATE_HZ
 
@@ -147,11 +149,13 @@ def pink_noise(rng: np.random.Generator, num_samples: int) -> np.ndarray:
     """Gaussian noise whose power falls by 3 dB an octave above 20 Hz, much as room noise; float32 [num_samples]."""
     if num_samples == 0:
         return np.zeros(0, dtype=np.float32)
-    size = 1 << max(1, (num_samples - 1).bit_length())
-    spectrum = np.fft.rfft(rng.standard_normal(size, dtype=np.float32))
-    frequencies_hz = np.fft.rfftfreq(size, 1.0 / SAMPLE_RATE_HZ)
-    spectrum *= 1.0 / np.sqrt(np.maximum(frequencies_hz, 20.0))
-    return np.fft.irfft(spectrum, n=size)[:num_samples].astype(np.float32)
+    # drawn as its spectrum: that of white noise is white noise
+    size = next_fast_len(num_samples, real=True)
+    bins = size // 2 + 1
+    spectrum = rng.standard_normal((bins, 2), dtype=np.float32).view(np.complex64)[:, 0]
+    frequencies_hz = np.arange(bins, dtype=np.float32) * np.float32(SAMPLE_RATE_HZ / size)
+    spectrum *= np.float32(math.sqrt(size / 2)) / np.sqrt(np.maximum(frequencies_hz, np.float32(20.0)))
+    return np.asarray(irfft(spectrum, n=size)[:num_samples], dtype=np.float32)
 
 
 def add_noise(samples: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:

@@ -3,8 +3,9 @@
 That library makes the tables of sines and cosines of its FFT anew for each frame, which takes longer than all else.
 Here they are made once, and the steps are the same in float32: a frame with reflection at the ends, removal of its
 mean, pre-emphasis, window, FFT of real numbers as one of half as many complex ones in stages of radix 4, power, mel
-sums, logarithm. Window and mel weights are the library's own. Only what the FFT rounds differs, and does so already
-between builds of the library, since its FFT is compiled with -ffast-math.
+sums, logarithm. Window and mel weights are the library's own. Only rounding differs, and does so already between
+builds of the library, since its FFT is compiled with -ffast-math: here too, sums may be taken in any order, but always
+in the same one on one machine.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ FFT_SIZE = 512
 HALF = FFT_SIZE // 2
 STAGES = 4
 """HALF is 4 ** STAGES."""
+
+_jit = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
 
 
 class Tables(NamedTuple):
@@ -57,7 +60,7 @@ def make_tables(window: Sequence[float], mel: np.ndarray) -> Tables:
     )
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_jit
 def log_mel(wave, start, shift, preemphasis, tables, out):  # type: ignore[no-untyped-def]
     """Frames of ``wave``, float32 [N], written to ``out``, float32 [T, F].
 
@@ -84,7 +87,7 @@ def log_mel(wave, start, shift, preemphasis, tables, out):  # type: ignore[no-un
             out[t, f] = math.log(max(energy, np.float32(1.1920929e-07)))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_jit
 def _extract(wave, start, preemphasis, window, frame):  # type: ignore[no-untyped-def]
     size = frame.size
     if start >= 0 and start + size <= wave.size:
@@ -107,7 +110,7 @@ def _extract(wave, start, preemphasis, window, frame):  # type: ignore[no-untype
     frame[0] = (frame[0] - preemphasis * frame[0]) * window[0]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_jit
 def _complex_fft(re, im, roots):  # type: ignore[no-untyped-def]
     m, stride = 1, HALF // 4
     while m < HALF:
@@ -131,7 +134,7 @@ def _complex_fft(re, im, roots):  # type: ignore[no-untyped-def]
         m, stride = 4 * m, stride // 4
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_jit
 def _power(re, im, half_roots, power):  # type: ignore[no-untyped-def]
     half = np.float32(0.5)
     first = re[0] + im[0]

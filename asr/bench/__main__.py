@@ -10,6 +10,7 @@ from asr.cli.guard import Parser, end_of_process, guarded, nearest
 from asr.errors import UserError
 
 BENCHMARKS = {
+    "data": "what reading, augmentation and features cost, and whether training waits for them",
     "kills": "kill a worker at a random moment, again and again: does the run end as if nothing had been?",
     "long-audio": "transcribe a file of hours: memory above the model, and time",
     "parallel": "training on several processes, and within a limit of memory: equality, memory, speed",

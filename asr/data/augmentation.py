@@ -105,13 +105,18 @@ def expand_cuts(cuts: Iterable[MonoCut], config: AugmentConfig) -> list[MonoCut]
     that batches can be planned by them.
     """
     plain = list(cuts)
-    expanded: list[MonoCut] = []
-    for copy in range(config.copies):
-        for factor in config.speed_factors:
-            for cut in plain:
-                perturbed = cut if factor == 1.0 else cut.perturb_speed(factor)
-                expanded.append(perturbed if copy == 0 else replace(perturbed, id=f"{perturbed.id}_copy{copy}"))
-    return expanded
+    return [
+        expand_cut(cut, factor, copy)
+        for copy in range(config.copies)
+        for factor in config.speed_factors
+        for cut in plain
+    ]
+
+
+def expand_cut(cut: MonoCut, factor: float, copy: int) -> MonoCut:
+    """One of ``expand_cuts``: the cut at a speed, with the number of the copy in its id."""
+    perturbed = cut if factor == 1.0 else cut.perturb_speed(factor)
+    return perturbed if copy == 0 else replace(perturbed, id=f"{perturbed.id}_copy{copy}")
 
 
 def augment_samples(samples: np.ndarray, config: AugmentConfig, *, seed: int, epoch: int, cut_id: str) -> np.ndarray:

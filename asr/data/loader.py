@@ -28,7 +28,8 @@ from lhotse.dataset.sampling.base import SamplingConstraint
 from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 from torch.utils.data import DataLoader, Dataset
 
-from asr.data.augmentation import AugmentConfig, SpecAugmentConfig, expand_cuts, random_generator, spec_augment
+from asr.data.audio import SAMPLE_RATE_HZ
+from asr.data.augmentation import AugmentConfig, SpecAugmentConfig, random_generator, spec_augment
 from asr.data.batch import Batch, collate
 from asr.data.features import (
     Fbank,
@@ -39,6 +40,7 @@ from asr.data.features import (
     num_audio_frames,
     num_encoder_frames,
 )
+from asr.data.packed_cuts import ExpandedCuts, PackedCuts, durations_of
 from asr.data.tokenizer import Tokenizer, UnknownToken
 from asr.errors import UserError
 
@@ -240,7 +242,8 @@ def train_loader(
 
     Args:
         cuts: with stored features if ``config.features.storage`` is "stored" (then speeds and copies are among them
-            already); with recordings otherwise (then speeds and copies are added here).
+            already); with recordings otherwise (then speeds and copies are added here). ``PackedCuts`` stay packed;
+            whoever made them has called ``check_stored_features``.
         tokenizer: makes the targets.
         config: how.
         seed: seed of the experiment.
@@ -254,21 +257,22 @@ def train_loader(
         UserError: there are no cuts; or stored features are missing or were made with other settings. While
             iterating: a cut cannot be loaded, or a worker was killed.
     """
-    cut_list = list(cuts)
-    if not cut_list:
+    plain = cuts if isinstance(cuts, PackedCuts) else list(cuts)
+    if not plain:
         raise UserError("no cuts to train on")
     if skip_batches < 0:
         raise ValueError(f"skip_batches={skip_batches}; it must not be negative")
-    if config.features.storage == "stored":
-        check_stored_features(cut_list, config.features)
-    else:
-        cut_list = expand_cuts([cut.drop_features() for cut in cut_list], config.augment)
-    batches = plan_epoch([cut.duration for cut in cut_list], config, seed=seed, epoch=epoch)
+    stored = config.features.storage == "stored"
+    if stored and plain is not cuts:
+        check_stored_features(plain, config.features)
+    of_epoch = plain if stored else ExpandedCuts(plain, config.augment)
+    durations_s = durations_of(of_epoch).tolist()
+    batches = plan_epoch(durations_s, config, seed=seed, epoch=epoch)
     if config.max_lattice_cells:
-        frames = [num_encoder_frames(cut.num_samples, config.features) for cut in cut_list]
-        tokens = [len(tokenizer.encode(transcript(cut))) for cut in cut_list]
+        frames = [num_encoder_frames(round(s * SAMPLE_RATE_HZ), config.features) for s in durations_s]
+        tokens = [len(tokenizer.encode(transcript(cut))) for cut in plain] * (len(of_epoch) // len(plain))
         batches = split_by_lattice(batches, frames, tokens, config.max_lattice_cells)
-    dataset = BatchDataset(cut_list, tokenizer, config, seed, epoch)
+    dataset = BatchDataset(of_epoch, tokenizer, config, seed, epoch)
     left = batches[skip_batches:]
     own = left[rank::size]
     count = len(own)

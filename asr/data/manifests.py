@@ -6,7 +6,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lhotse import CutSet, MonoCut
@@ -94,8 +94,38 @@ def check_cuts(
     Returns:
         The good cuts in their order, and the bad rows. Reasons name the cut and its audio file.
     """
+    rows = checked_cuts(
+        cuts,
+        tokenizer,
+        config,
+        min_frames=min_frames,
+        max_tokens_per_frame=max_tokens_per_frame,
+        max_speed=max_speed,
+        source=source,
+        check_audio=check_audio,
+    )
     good: list[MonoCut] = []
     bad: list[BadRow] = []
+    for cut, row in rows:
+        if row is None:
+            good.append(cut)
+        else:
+            bad.append(row)
+    return CutSet.from_cuts(good), bad
+
+
+def checked_cuts(
+    cuts: CutSet | Iterable[MonoCut],
+    tokenizer: Tokenizer | None,
+    config: FeatureConfig,
+    *,
+    min_frames: int = 1,
+    max_tokens_per_frame: float = 1.0,
+    max_speed: float = 1.0,
+    source: str | os.PathLike[str] | None = None,
+    check_audio: bool = True,
+) -> Iterator[tuple[MonoCut, BadRow | None]]:
+    """Each cut, one after the other, with what is wrong with it; arguments as of ``check_cuts``."""
     for line, cut in enumerate(cuts, 1):
         reason = _cut_problem(cut, check_audio)
         if reason is None:
@@ -104,12 +134,11 @@ def check_cuts(
             frames = num_encoder_frames(played.num_samples, config)
             reason = _text_problem(cut, tokenizer, frames, min_frames, max_tokens_per_frame)
         if reason is None:
-            good.append(cut)
+            yield cut, None
             continue
         audio = _audio_path(cut)
         named = f"cut {cut.id}: {reason}" if audio is None or source is None else f"cut {cut.id} ({audio}): {reason}"
-        bad.append(BadRow(str(audio or cut.id), 0, named) if source is None else BadRow(str(source), line, named))
-    return CutSet.from_cuts(good), bad
+        yield cut, BadRow(str(audio or cut.id), 0, named) if source is None else BadRow(str(source), line, named)
 
 
 def _cut_problem(cut: MonoCut, check_audio: bool) -> str | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from asr.config import Experiment
@@ -22,6 +23,7 @@ from asr.data.audio import SAMPLE_RATE_HZ
 from asr.data.batch import Batch
 from asr.data.fbank import FRAME_SHIFT_MS, num_feature_frames
 from asr.data.loader import DataConfig
+from asr.data.packed_cuts import PackedCuts, durations_of
 from asr.data.tokenizer import Tokenizer
 from asr.errors import UserError
 from asr.models.transducer import LossConfig, Transducer
@@ -129,7 +131,7 @@ def _within_budget(
 ) -> tuple[list[str], str]:
     """Modes as the first process measures them on a full batch of cuts as long as the longest."""
     most_s = experiment.data.max_duration_s
-    longest_s = min(most_s, max((cut.duration for cut in cuts), default=most_s))
+    longest_s = min(most_s, float(durations_of(cuts).max(initial=0.0)) or most_s)
     size, frames = int(most_s // longest_s), max(7, round(1000 * longest_s / FRAME_SHIFT_MS))
     chosen: tuple[list[str], str] = ranks.from_first(
         lambda: within_budget(
@@ -319,7 +321,8 @@ def _batch(size: int, longest: tuple[int, int], model: Transducer, device: torch
 
 def longest_utterance(cuts: Any, tokenizer: Tokenizer, config: DataConfig) -> tuple[int, int]:
     """Feature frames and tokens of the longest utterance, by the hundred longest cuts."""
-    longest = sorted(cuts, key=lambda cut: cut.duration, reverse=True)[:100]
+    plain = cuts if isinstance(cuts, PackedCuts) else list(cuts)
+    longest = [plain[number] for number in np.argsort(-durations_of(plain), kind="stable")[:100].tolist()]
     # stored features are of all speeds already
     slowest = 1.0 if config.features.storage == "stored" else min(1.0, *config.augment.speed_factors)
     samples = math.ceil(longest[0].duration / slowest * SAMPLE_RATE_HZ)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from asr.config import Experiment
 from asr.data.bad_rows import BadRow, report_bad_rows
-from asr.data.features import FeatureStats
-from asr.data.manifests import check_cuts, load_cuts
+from asr.data.features import FeatureStats, check_stored_features
+from asr.data.manifests import checked_cuts
+from asr.data.packed_cuts import PackedCuts
 from asr.data.tokenizer import Tokenizer
 from asr.errors import UserError
 from asr.training.ranks import place
@@ -35,13 +36,20 @@ def load_train_data(
     good = []
     total = 0
     for path, max_speed in zip((train_cuts, valid_cuts), speeds, strict=True):
-        cuts = load_cuts(path)
+        cuts = PackedCuts.open(path)
         total += len(cuts)
-        kept, rows = check_cuts(
+        usable: list[int] = []
+        checked = checked_cuts(
             cuts, tokenizer, experiment.data.features, max_speed=max_speed, source=path, check_audio=on_the_fly
         )
-        bad += rows
-        good.append(kept)
+        for number, (cut, row) in enumerate(checked):
+            if row is not None:
+                bad.append(row)
+                continue
+            usable.append(number)
+            if not on_the_fly:
+                check_stored_features([cut], experiment.data.features)
+        good.append(cuts if len(usable) == len(cuts) else cuts.keep(usable))
     config = experiment.data
     report_bad_rows(bad, total, config.strict, config.max_bad_fraction, out / "bad_rows.txt")
     if bad and place().first:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 MEASUREMENTS = {
     "growth": "does memory grow over thousands of batches? (a plot)",
+    "manifest": "how long does it take, and how much memory, to open a manifest of 300,000 cuts?",
     "on_the_fly": "how much of a core do reading, augmentation and features take?",
     "wait": "what part of a training step is spent waiting for batches?",
 }

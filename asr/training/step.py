@@ -93,6 +93,8 @@ class Stepper:
         def draw(name: str, values: list[Milliseconds]) -> Milliseconds:
             return values[seed_of(self.experiment.seed, name, self.progress.step) % len(values)]
 
+        if self.done() < self.config.chunks_from:
+            return [context("full", "full")]
         chunks, both = self.config.chunk_ms, self.config.dual_mode
         drawn = draw("chunk", [chunk for chunk in chunks if chunk != "full"] if both else chunks)
         contexts = [context(drawn, draw("left context", self.config.left_context_ms))]

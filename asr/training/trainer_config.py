@@ -27,6 +27,7 @@ class TrainingConfig:
             and at those between. What is given twice is drawn twice as often.
         left_context_ms: how far the frames of a chunk see back beyond it, one drawn for each step with a chunk:
             multiples of 40 ms, or full.
+        chunks_from: fraction of the run with full context alone, before chunks are drawn.
         dual_mode: a step hears each batch twice, with full context and with one of the chunks, and takes the mean of
             both losses (Yu et al. 2021, "Dual-mode ASR", without its distillation); a step takes twice as long.
         init_from: checkpoint whose weights training begins with; none for new ones. With another tokenizer, tokens of
@@ -51,6 +52,7 @@ class TrainingConfig:
     precision_overrides: dict[str, Literal["fp32", "bf16", "fp16"]] = field(default_factory=dict)
     chunk_ms: list[Milliseconds] = field(default_factory=lambda: ["full", "full", 160, 320, 640, 1280])
     left_context_ms: list[Milliseconds] = field(default_factory=lambda: ["full", 2560, 5120])
+    chunks_from: float = 0.0
     dual_mode: bool = False
     init_from: str | None = None
     freeze: list[str] = field(default_factory=list)
@@ -79,6 +81,10 @@ class TrainingConfig:
                 raise ValueError(f"training.{name}={values} needs at least one value, such as full")
             for value in values:
                 check(f"training.{name}", value)
+        if not 0.0 <= self.chunks_from < 1.0:
+            raise ValueError(
+                f"training.chunks_from={self.chunks_from} is outside [0, 1); 0 draws chunks from the start"
+            )
         if self.dual_mode and all(value == "full" for value in self.chunk_ms):
             raise ValueError(f"training.dual_mode needs a chunk besides full in training.chunk_ms={self.chunk_ms}")
 

@@ -107,6 +107,16 @@ def test_dual_mode_takes_the_mean_of_both_passes(data: TrainData, tmp_path: Path
         torch.testing.assert_close(value, mean, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_chunks_are_drawn_from_a_fraction_of_the_run_on(data: TrainData, tmp_path: Path) -> None:
+    config = experiment("training.chunk_ms=[80]", "training.left_context_ms=[80]", "training.chunks_from=0.5")
+    trainer = make_trainer(config, data, tmp_path)
+    heard = []
+    for step in range(4):
+        trainer.progress.consumed_s = step / 4 * trainer.stepper.total_s
+        heard.append(trainer.stepper._contexts())
+    assert heard == [[(0, -1)]] * 2 + [[(2, 2)]] * 2
+
+
 def test_dual_mode_needs_a_chunk() -> None:
     with pytest.raises(UserError, match="needs a chunk besides full in training.chunk_ms"):
         experiment("training.dual_mode=true", "training.chunk_ms=[full]")

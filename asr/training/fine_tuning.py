@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from asr import checkpoint
+from asr.cli.guard import nearest
 from asr.config import Experiment
 from asr.data.tokenizer import Tokenizer
 from asr.errors import UserError
@@ -87,7 +88,11 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
         chosen = [p for full, p in model.named_parameters() if full == name or full.startswith(f"{name}.")]
         if not chosen:
             parts = ", ".join(part for part, _ in model.named_children())
-            raise UserError(f"training.freeze has {name!r}, which is no part of the model; its parts: {parts}")
+            names_of_all = [full for full, _ in model.named_modules() if full]
+            raise UserError(
+                f"training.freeze has {name!r}, which is no part of the model{nearest(name, names_of_all)}; its parts: "
+                f"{parts}"
+            )
         for parameter in chosen:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):

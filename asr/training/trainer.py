@@ -438,6 +438,8 @@ class Trainer:
             seed=self.experiment.seed,
         )
         parts = ", ".join(f"{name} {value:,}" for name, value in counts.items() if name != "total")
+        if frozen := sum(p.numel() for p in self.model.parameters() if not p.requires_grad):
+            parts += f"; {frozen:,} more are frozen"
         self.line.say(
             f"{counts['total']:,} parameters ({parts}), precision {self.precision}, device {self.device}"
             + (f", {self.ranks.size} processes, zero {self.experiment.parallel.zero}" if self.ranks.size > 1 else "")

@@ -149,6 +149,8 @@ def write(layout: Layout, out: Path, hours: float, seed: int = 0, num_jobs: int 
         UserError: the folder is there already; espeak-ng is not installed.
     """
     folder = out / layout.folder
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; choose a folder")
     if folder.exists():
         raise UserError(f"{folder} is there already; delete it, or choose another --out")
     partial = out / f"partial-{layout.folder}"
@@ -166,6 +168,15 @@ def write(layout: Layout, out: Path, hours: float, seed: int = 0, num_jobs: int 
     layout.write_texts(partial, texts)
     partial.rename(folder)
     return folder, {part: value / 3600 for part, value in seconds.items()}
+
+
+def unheard_characters(layout: Layout, hours: float, seed: int) -> list[str]:
+    """What the texts of dev and test are written with and those of train are not."""
+    written: dict[bool, set[str]] = {True: set(), False: set()}
+    for shard in plan(layout, hours, seed):
+        for utterance in shard:
+            written[utterance.split == TRAIN] |= set(utterance.text)
+    return sorted(written[False] - written[True])
 
 
 def _speak(utterances: Sequence[Utterance], root: Path, seed: int) -> list[float]:
@@ -187,12 +198,17 @@ def _run(argv: Sequence[str] | None) -> int:
     parser.add_argument("--layout", choices=tuple(LAYOUTS), required=True, help="whose folders and names")
     parser.add_argument("--hours", type=float, required=True, metavar="H", help="of training speech, about")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the corpus becomes a folder in it")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sentences, voices and noise (default: 0)")
-    parser.add_argument("--num-jobs", type=int, default=2, metavar="N", help="processes that speak (default: 2)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sentences, voices and noise")
+    parser.add_argument("--num-jobs", type=int, default=2, metavar="N", help="processes that speak")
     args: argparse.Namespace = parser.parse_args(argv)
     if not 0 < args.hours <= 10000:
         raise UserError(f"--hours {args.hours} is not between 0 and 10000")
     folder, hours = write(LAYOUTS[args.layout], args.out, args.hours, args.seed, args.num_jobs)
+    if unheard := unheard_characters(LAYOUTS[args.layout], args.hours, args.seed):
+        print(
+            f"warning: {len(unheard)} characters of dev and test are in no training text, such as {unheard[0]}; a "
+            "tokenizer made of it cannot spell them: ask for more --hours"
+        )
     said = ", ".join(f"{part} {value:.2f} h" for part, value in hours.items())
     print(f"{folder}: {said}; --corpus-dir {args.out} runs egs/{args.layout}/run.sh on it")
     return 0

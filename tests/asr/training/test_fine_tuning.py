@@ -89,6 +89,8 @@ def test_frozen_parts_stay_as_they_are(first: Path, data: TrainData, tmp_path: P
     assert {name for name in before if name.startswith(frozen)} <= same
     assert "joiner.out.weight" not in same and "encoder.blocks.0.ff1.up.weight" not in same
     assert not [name for name in after["training"]["optimizer"] if name.startswith(frozen)]
+    with pytest.raises(UserError, match=r"'encoder.subsamplin', .*; did you mean encoder.subsampling"):
+        make_trainer(experiment("training.freeze=[encoder.subsamplin]"), data, tmp_path)
     with pytest.raises(UserError, match=r"training.freeze has 'decoder', .* its parts: encoder, predictor, joiner"):
         make_trainer(experiment("training.freeze=[decoder]"), data, tmp_path)
     with pytest.raises(UserError, match="leaves nothing to train"):

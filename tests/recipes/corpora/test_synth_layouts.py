@@ -12,7 +12,7 @@ import pytest
 from asr.errors import UserError
 from recipes.corpora import aishell, librispeech, synth_layouts
 from recipes.corpora.sentences import LENGTHS, VOCABULARY, chinese_number, english, mandarin
-from recipes.corpora.synth_layouts import DEV, LAYOUTS, TEST, TRAIN, plan, write
+from recipes.corpora.synth_layouts import DEV, LAYOUTS, TEST, TRAIN, plan, unheard_characters, write
 
 needs_espeak = pytest.mark.skipif(
     importlib.util.find_spec("espeakng_loader") is None, reason="needs espeak-ng: pip install 'transducer-asr[synth]'"
@@ -53,6 +53,18 @@ def test_dev_and_test_hold_no_sentence_and_no_voice_of_training(name: str) -> No
         plain = [{text.replace(",", "") for text in texts[part]} for part in (first, second)]
         assert not plain[0] & plain[1] and not voices[first] & voices[second]
     assert len({one.cut_id for one in utterances}) == len(utterances)
+
+
+def test_characters_that_training_never_hears_are_known() -> None:
+    assert unheard_characters(LAYOUTS["aishell"], 0.02, 0) and not unheard_characters(LAYOUTS["aishell"], 2.0, 0)
+    assert not unheard_characters(LAYOUTS["librispeech"], 0.02, 0)
+
+
+def test_out_is_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        synth_layouts.main(["--layout", "aishell", "--hours", "0.01", "--out", str(tmp_path / "file")])
+    assert ended.value.code == 2 and "is a file; choose a folder" in capsys.readouterr().err
 
 
 @needs_espeak

@@ -23,7 +23,7 @@ from tests.asr.training.runs import experiment, read_data
 # everything that draws random numbers, and epochs that end within an accumulated step
 SETTINGS = [
     "data.num_workers=2",
-    "data.max_duration_s=1.8",
+    "data.max_duration_s=1.7",
     "model.ctc=true",
     "loss.ctc_weight=0.3",
     "training.max_epochs=3",

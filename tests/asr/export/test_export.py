@@ -62,7 +62,8 @@ def test_runtimes_hear_what_the_model_hears(
         equal, _, count = found.partition("/")
         assert equal == count != "0"
     by_name = {tensor.name: tensor for tensor in one.tensors}
-    assert by_name["features"].largest == 0.0
+    # runtimes compute theirs with kaldi-native-fbank, whose FFT rounds otherwise
+    assert by_name["features"].largest < 1e-3
     assert by_name["encoder_out"].largest < 1e-4
     assert one.bytes > 0 and one.step_ms_median > 0 and one.cold_start_s > 0
     write_report(report, tmp_path / "report")

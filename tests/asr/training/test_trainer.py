@@ -69,7 +69,7 @@ def test_accumulation_equals_one_batch_of_twice_the_size(data: TrainData, tmp_pa
     ]
     config = experiment(*settings, "model.ctc=true", "loss.ctc_weight=0.5")
     loader = train_loader(data.train_cuts, TOKENIZER, config.data, seed=0, epoch=0)
-    first, *_, second = sorted(loader, key=lambda batch: batch.features.shape[1])
+    _, first, *_, second = sorted(loader, key=lambda batch: batch.features.shape[1])
     assert first.features.shape[1] < second.features.shape[1] and first.targets.shape != second.targets.shape
     results = []
     for batches in ([first, second], [merge(first, second)]):

@@ -14,6 +14,7 @@ from lhotse import CutSet
 
 from asr.bench.data.corpus import word_tokenizer, write_corpus
 from asr.config import load_experiment
+from asr.device import resolve_device
 from asr.training.trainer import TrainData, train
 
 
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
             f"training={{max_steps: {args.steps}, log_every_steps: 5, tensorboard: false}}",
         ]
         data = TrainData(CutSet.from_cuts(cuts), CutSet.from_cuts(cuts[:2]), word_tokenizer())
-        train(load_experiment(None, settings), data, folder / "train", device=args.device)
+        train(load_experiment(None, settings), data, folder / "train", device=resolve_device(args.device))
         lines = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
     # the first ones start workers and compile
     steps = [line for line in lines if line["kind"] == "train" and line["step"] > args.steps // 4]

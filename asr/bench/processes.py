@@ -86,18 +86,28 @@ def write_data(folder: Path, durations_s: list[float], settings: list[str]) -> P
     cuts = []
     for number, seconds in enumerate(durations_s):
         path = folder / f"{number:03d}.wav"
-        soundfile.write(path, 0.1 * generator.standard_normal(int(seconds * SAMPLE_RATE_HZ)), SAMPLE_RATE_HZ)
-        recording = Recording.from_file(path)
-        text = " ".join(generator.choice(WORDS, max(1, round(2 * seconds))))
-        supervision = SupervisionSegment(path.stem, recording.id, 0.0, recording.duration, text=text)
-        cuts.append(MonoCut(path.stem, 0.0, recording.duration, 0, recording=recording, supervisions=[supervision]))
+        cuts.append(write_cut(path, 0.1 * generator.standard_normal(int(seconds * SAMPLE_RATE_HZ)), generator))
     config = load_experiment(None, settings).data
     path = folder / "cuts.jsonl.gz"
     compute_features(CutSet.from_cuts(cuts), folder / "features", config.features, None, 0).to_file(path)
     return path
 
 
+def write_cut(path: Path, samples: np.ndarray, generator: np.random.Generator) -> MonoCut:
+    """A recording of samples [N] at 16 kHz, with two words a second that are drawn."""
+    soundfile.write(path, samples, SAMPLE_RATE_HZ)
+    recording = Recording.from_file(path)
+    text = " ".join(generator.choice(WORDS, max(1, round(2 * recording.duration))))
+    supervision = SupervisionSegment(path.stem, recording.id, 0.0, recording.duration, text=text)
+    return MonoCut(path.stem, 0.0, recording.duration, 0, recording=recording, supervisions=[supervision])
+
+
+def word_tokenizer() -> Tokenizer:
+    """Of the words that such cuts have."""
+    return Tokenizer.train([" ".join(WORDS)], TokenizerConfig("word"))
+
+
 def read_data(path: Path) -> TrainData:
     """What `write_data` wrote, for training and validation both."""
     cuts = CutSet.from_file(path).to_eager()
-    return TrainData(cuts, cuts, Tokenizer.train([" ".join(WORDS)], TokenizerConfig("word")))
+    return TrainData(cuts, cuts, word_tokenizer())

@@ -260,10 +260,10 @@ def train_loader(
     if stored and plain is not cuts:
         check_stored_features(plain, config.features)
     of_epoch = plain if stored else ExpandedCuts(plain, config.augment)
-    durations_s = durations_of(of_epoch).tolist()
+    durations_s = durations_of(of_epoch)
     batches = plan_epoch(durations_s, config, seed=seed, epoch=epoch)
     if config.max_lattice_cells:
-        frames = [num_encoder_frames(round(s * SAMPLE_RATE_HZ), config.features) for s in durations_s]
+        frames = [num_encoder_frames(round(s * SAMPLE_RATE_HZ), config.features) for s in durations_s.tolist()]
         tokens = [len(tokenizer.encode(transcript(cut))) for cut in plain] * (len(of_epoch) // len(plain))
         batches = split_by_lattice(batches, frames, tokens, config.max_lattice_cells)
     dataset = BatchDataset(of_epoch, tokenizer, config, seed, epoch)

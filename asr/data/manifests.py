@@ -5,16 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lhotse import CutSet, MonoCut
-from lhotse.serialization import deserialize_item
 
 from asr.data.audio import SAMPLE_RATE_HZ, audio_problem
 from asr.data.bad_rows import BadRow, report_bad_rows, write_bad_rows
 from asr.data.fbank import FeatureConfig, num_encoder_frames
+from asr.data.packed_cuts import PackedCuts
 from asr.data.tokenizer import Tokenizer, UnknownToken
 from asr.errors import UserError
 
@@ -28,25 +27,7 @@ def load_cuts(path: str | os.PathLike[str]) -> CutSet:
         UserError: it is missing, empty, truncated, or a line is not a cut (the message names the line), or an id
             comes twice.
     """
-    path = Path(path)
-    cuts: list[MonoCut] = []
-    seen: dict[str, int] = {}
-    number = 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                cut = _parse(line, path, number)
-                if cut.id in seen:
-                    raise UserError(f"{path}:{number}: id {cut.id!r} is in line {seen[cut.id]} too; ids must be unique")
-                seen[cut.id] = number
-                cuts.append(cut)
-    except FileNotFoundError as error:
-        raise UserError(f"manifest {path} does not exist; run the stage that writes it, or mend the path") from error
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}:{number + 1}: the manifest cannot be read: {error}") from error
-    if not cuts:
-        raise UserError(f"manifest {path} holds no cuts")
-    return CutSet.from_cuts(cuts)
+    return CutSet.from_cuts(list(PackedCuts.open(path)))
 
 
 def save_cuts(cuts: CutSet | Iterable[MonoCut], path: str | os.PathLike[str]) -> None:
@@ -184,13 +165,3 @@ def _audio_path(cut: MonoCut) -> str | None:
     if cut.recording is None or not cut.recording.sources or cut.recording.sources[0].type != "file":
         return None
     return str(cut.recording.sources[0].source)
-
-
-def _parse(line: str, path: Path, number: int) -> MonoCut:
-    try:
-        cut = deserialize_item(json.loads(line))
-    except Exception as error:  # lhotse's constructors raise almost anything for a wrong field
-        raise UserError(f"{path}:{number}: this is not a cut ({type(error).__name__}: {error})") from error
-    if not isinstance(cut, MonoCut):
-        raise UserError(f"{path}:{number}: this is a {type(cut).__name__}; a MonoCut is needed")
-    return cut

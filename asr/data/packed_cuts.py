@@ -13,7 +13,6 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -33,7 +32,30 @@ BLOCK = 64
 _HEAD = re.compile(rb'\{"id": "([^"\\]*)", "start": [-+.e0-9]+, "duration": ([-+.e0-9]+),')
 
 
-class PackedCuts(Sequence[MonoCut]):
+class _Cuts(Sequence[MonoCut]):
+    """A list whose cuts are made when they are asked for, by ``_at`` of their number."""
+
+    durations_s: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.durations_s)
+
+    @overload
+    def __getitem__(self, index: int) -> MonoCut: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[MonoCut]: ...
+    def __getitem__(self, index: int | slice) -> MonoCut | Sequence[MonoCut]:
+        if isinstance(index, slice):
+            return [self._at(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"cut {index} of {len(self)}")
+        return self._at(index % len(self))
+
+    def _at(self, number: int) -> MonoCut:
+        raise NotImplementedError
+
+
+class PackedCuts(_Cuts):
     """A fixed list of cuts.
 
     Made by ``PackedCuts.open`` of a manifest, or of cuts that are there. ``durations_s`` is float64 [N].
@@ -104,20 +126,8 @@ class PackedCuts(Sequence[MonoCut]):
     def _no_cut(self, line: int, error: Exception) -> UserError:
         return UserError(f"{self._path or 'cuts'}:{line}: this is not a cut ({type(error).__name__}: {error})")
 
-    def __len__(self) -> int:
-        return len(self.durations_s)
-
-    @overload
-    def __getitem__(self, index: int) -> MonoCut: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[MonoCut]: ...
-    def __getitem__(self, index: int | slice) -> MonoCut | Sequence[MonoCut]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"cut {index} of {len(self)}")
-        index %= len(self)
-        return self._cut(self._block(index // BLOCK)[index % BLOCK], index)
+    def _at(self, number: int) -> MonoCut:
+        return self._cut(self._block(number // BLOCK)[number % BLOCK], number)
 
     def __iter__(self) -> Iterator[MonoCut]:
         for block in range(len(self._ends) - 1):
@@ -139,37 +149,22 @@ class PackedCuts(Sequence[MonoCut]):
 
 def durations_of(cuts: Iterable[MonoCut]) -> np.ndarray:
     """Durations in seconds, float64 [N]."""
-    if isinstance(cuts, PackedCuts | ExpandedCuts):
+    if isinstance(cuts, _Cuts):
         return cuts.durations_s
     return np.array([cut.duration for cut in cuts])
 
 
-class ExpandedCuts(Sequence[MonoCut]):
+class ExpandedCuts(_Cuts):
     """``expand_cuts`` of cuts without their stored features, each made when it is asked for."""
 
     def __init__(self, cuts: Sequence[MonoCut], config: AugmentConfig) -> None:
         self._cuts, self._config = cuts, config
+        plain = durations_of(cuts)
+        by_speed = [plain if factor == 1.0 else _at_speed(plain, factor) for factor in config.speed_factors]
+        self.durations_s = np.concatenate(by_speed * config.copies)
 
-    @cached_property
-    def durations_s(self) -> np.ndarray:
-        """Float64 [N]."""
-        plain = durations_of(self._cuts)
-        by_speed = [plain if factor == 1.0 else _at_speed(plain, factor) for factor in self._config.speed_factors]
-        return np.concatenate(by_speed * self._config.copies)
-
-    def __len__(self) -> int:
-        return len(self._cuts) * len(self._config.speed_factors) * self._config.copies
-
-    @overload
-    def __getitem__(self, index: int) -> MonoCut: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[MonoCut]: ...
-    def __getitem__(self, index: int | slice) -> MonoCut | Sequence[MonoCut]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"cut {index} of {len(self)}")
-        place, number = divmod(index % len(self), len(self._cuts))
+    def _at(self, number: int) -> MonoCut:
+        place, number = divmod(number, len(self._cuts))
         copy, speed = divmod(place, len(self._config.speed_factors))
         return expand_cut(self._cuts[number].drop_features(), self._config.speed_factors[speed], copy)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from asr.bench.data.corpus import word_tokenizer, write_corpus
+from asr.bench.data.corpus import write_corpus
+from asr.bench.processes import word_tokenizer
 from asr.config import load_experiment
 from asr.data.loader import train_loader
 from asr.data.packed_cuts import PackedCuts

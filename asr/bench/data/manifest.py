@@ -4,6 +4,7 @@ time to reach one cut, and seconds to plan the batches of an epoch. One JSON obj
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import sys
 import tempfile
@@ -40,8 +41,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _write(path: Path, entries: int) -> None:
     """A manifest as ``prepare`` writes it for LibriSpeech: utterances of about 12 s with 33 words."""
-    import gzip
-
     generator = np.random.default_rng(0)
     with gzip.open(path, "wt", compresslevel=1) if path.suffix == ".gz" else open(path, "w") as file:
         for number in range(entries):
@@ -84,7 +83,7 @@ def _measure(path: str) -> dict[str, Any]:
     reach_ms = 1e3 * (time.perf_counter() - begin) / len(numbers)
     config = DataConfig()
     begin = time.perf_counter()
-    batches = plan_epoch(ExpandedCuts(cuts, config.augment).durations_s.tolist(), config, seed=0, epoch=0)
+    batches = plan_epoch(ExpandedCuts(cuts, config.augment).durations_s, config, seed=0, epoch=0)
     plan_s = time.perf_counter() - begin
     result = {"open_s": round(open_s, 2), "open_mb": round((after - before) / 1e6, 1), "reach_ms": round(reach_ms, 3)}
     return {**result, "plan_s": round(plan_s, 1), "batches": len(batches)}

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from lhotse import CutSet
 
-from asr.bench.data.corpus import word_tokenizer, write_corpus
+from asr.bench.data.corpus import write_corpus
+from asr.bench.processes import word_tokenizer
 from asr.config import load_experiment
 from asr.device import resolve_device
 from asr.training.trainer import TrainData, train

@@ -112,6 +112,8 @@ class PackedCuts(_Cuts):
                     durations_s.append(float(entry["duration"]))
                     key = hash(entry["id"] if isinstance(entry["id"], bytes) else str(entry["id"]).encode())
                 except (ValueError, KeyError, TypeError) as error:
+                    if isinstance(error, KeyError) and "type" in entry:
+                        self._cut(line, self._read - 1)  # lhotse says what is wrong with it
                     raise self._no_cut(self._read, error) from None
                 if seen.setdefault(key, self._read) != self._read and self._path is not None:
                     named = json.loads(line)["id"]

@@ -18,6 +18,7 @@ from asr.decoding.search import Hypothesis
 from asr.decoding.transcript import Segment, make_segment
 from asr.decoding.words import pause_between, seconds_of
 from asr.errors import UserError
+from losses.backends.threads import map_in_threads
 
 if TYPE_CHECKING:  # asr.config imports asr.decoding
     from asr.config import Experiment
@@ -173,13 +174,14 @@ class StreamingRecognizer:
         if decoding.search != "greedy":
             raise UserError(f"decoding.search={decoding.search} cannot stream; use greedy")
         self._model, self._tokenizer, self._decoding, self._device = model, tokenizer, decoding, device
+        self._on_cpu = torch.device(device).type == "cpu"
         self._symbols = tokenizer.symbols
         self._fbank = Fbank(config.data.features)
         self._chunk_frames, self._left_frames = decoding.context
         self._endpoints = decoding.endpoint if endpoints else None
         self._free: list[int] = []
         self._states = self._first(0)
-        self._fresh = self._first(1)
+        self._fresh = self._first(1)[1]
 
     @torch.inference_mode()
     def _first(self, batch_size: int) -> Any:
@@ -196,7 +198,9 @@ class StreamingRecognizer:
             self._states = _map(lambda old, new: torch.cat([old, new]), self._states, self._first(more))
             self._free = list(range(size + more - 1, size - 1, -1))
         slot = self._free.pop()
-        _map(lambda old, new: old[slot : slot + 1].copy_(new), self._states, self._fresh)
+        encoder, search = self._states
+        self._model.encoder.restart(encoder, slot)
+        _map(lambda old, new: old[slot : slot + 1].copy_(new), search, self._fresh)
         return Stream(self._tokenizer, self._symbols, self._fbank.stream(), self._chunk_frames, slot)
 
     def close(self, stream: Stream) -> None:
@@ -214,7 +218,11 @@ class StreamingRecognizer:
         ready = [stream for stream in streams if stream._slot is not None and stream.ready]
         if ready:
             # in the order of their states, which then need not be picked out where all go on
-            self._step(sorted(ready, key=lambda stream: stream._slot or 0))
+            ready.sort(key=lambda stream: stream._slot or 0)
+            # Not with torch's threads, which wait for work in a busy loop, in the way of those that share out streams.
+            threads = torch.get_num_threads() if self._on_cpu else 1
+            for _ in map_in_threads(lambda those: self._step(those, threads), [ready], threads):
+                pass
         for stream in streams:
             if stream.finished and not stream.ended and not stream.ready:
                 stream._close()
@@ -222,7 +230,7 @@ class StreamingRecognizer:
         return ready
 
     @torch.inference_mode()
-    def _step(self, streams: list[Stream]) -> None:
+    def _step(self, streams: list[Stream], threads: int) -> None:
         chunk, bins = self._chunk_frames, self._fbank.config.num_mel_bins
         features = np.zeros((len(streams), SUBSAMPLING * chunk + EXTRA_FRAMES, bins), dtype=np.float32)
         counts = [stream._next(row) for stream, row in zip(streams, features, strict=True)]
@@ -231,9 +239,9 @@ class StreamingRecognizer:
         everyone = slots == list(range(_size(self._states)))
         rows = torch.tensor(slots, device=self._device)
         encoder, search = self._states if everyone else _map(lambda state: state[rows], self._states)
-        enc, encoder = self._model.encoder.step(
-            torch.from_numpy(features).to(self._device), encoder, None if min(counts) == chunk else lens
-        )
+        heard = torch.from_numpy(features).to(self._device)
+        missing = None if min(counts) == chunk else lens
+        enc, encoder = self._model.encoder.step(heard, encoder, missing, threads=threads, in_place=True)
         search, emissions, scores = advance_greedy(self._model, search, enc, lens, self._decoding)
         for row, token, frame, confidence in zip(*(column.tolist() for column in emissions), strict=True):
             stream = streams[row]
@@ -255,7 +263,7 @@ class StreamingRecognizer:
                 # and only a segment without text makes the search forget
                 if not said:
                     slot = stream._slot
-                    _map(lambda old, new, slot=slot: old[slot : slot + 1].copy_(new), self._states[1], self._fresh[1])
+                    _map(lambda old, new, slot=slot: old[slot : slot + 1].copy_(new), self._states[1], self._fresh)
             elif self._too_long(stream):
                 stream._cut()  # in the midst of speech: the search goes on
 

@@ -106,13 +106,20 @@ def run_groups(function: Callable[[np.ndarray], None], costs: Sequence[int], inl
     The caller's thread does a group itself; problems of a total cost under `inline_below` are left to it wholly.
     """
     count = 1 if sum(costs) < inline_below else max(1, min(len(costs), torch.get_num_threads()))
-    groups = balanced(costs, count)
+    run_each(function, balanced(costs, count))
+
+
+def run_each(function: Callable[[np.ndarray], None], groups: Sequence[np.ndarray]) -> None:
+    """Call function(group) of each group: the first on the caller's thread, the others on threads of the pool.
+
+    What none of them has begun when the caller's has nothing left to do, it does itself: it may be one of the pool's.
+    """
     if not groups:
         return
     started = [(_pool.submit(function, group), group) for group in groups[1:]]
     function(groups[0])
     for future, group in started:
-        if future is None:
+        if future is None or future.cancel():
             function(group)
         else:
             future.result()

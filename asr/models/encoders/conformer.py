@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from asr.models.encoders import conformer_kernel
 from asr.models.layers.attention import Positions, attend, attend_window
 from asr.models.layers.depthwise import depthwise_conv, depthwise_conv_after
 from asr.models.layers.dropout import Dropout
@@ -291,8 +292,24 @@ class Conformer(nn.Module):
         blocks = tuple(BlockState(*(like.new_zeros(batch_size, *shape) for shape in shapes)) for _ in self.blocks)
         return ConformerState(blocks, frames, clock)
 
+    def restart(self, state: ConformerState, row: int) -> None:
+        """Makes a row of a state a stream that has not begun, in place.
+
+        Cached keys and values stay: nobody sees those of before ``frames``.
+        """
+        state.frames[row] = 0
+        state.clock[row] = 0
+        for block in state.blocks:
+            block.conv[row] = 0
+
     def step(
-        self, features: Tensor, state: ConformerState, enc_lens: Tensor | None = None
+        self,
+        features: Tensor,
+        state: ConformerState,
+        enc_lens: Tensor | None = None,
+        *,
+        threads: int | None = None,
+        in_place: bool = False,
     ) -> tuple[Tensor, ConformerState]:
         """Encodes the next chunk of each stream.
 
@@ -305,6 +322,8 @@ class Conformer(nn.Module):
             enc_lens: [B] int64, encoder frames that are there, 0 to C, for streams that end within the chunk or have
                 nothing to say (0 leaves a stream as it was); of these, features are there up to frame 4 n + 3, and
                 what stands behind is not heard. None is C for all.
+            threads: on CPU, how many share out the streams; None is as many as torch has.
+            in_place: whether the tensors of ``state`` may be written over, which saves time; it is of no use then.
 
         Returns:
             enc: [B, C, D], finite behind ``enc_lens`` too.
@@ -333,6 +352,14 @@ class Conformer(nn.Module):
             allowed &= frame < left + lens.clamp(min=1)[:, None]
         rates = rotary_rates(self.dim // self.config.num_heads, x.device)
         angle = clock[:, None] + torch.arange(chunk, device=x.device)[:, None] * rates
+        clock = clock + (chunk if lens is None else lens[:, None]) * rates
+        heard = (frames + (chunk if lens is None else lens)).clamp(max=left)
+        clock = clock - TURN * (clock / TURN).floor()
+        weights = conformer_kernel.weights_for(x, self.blocks)
+        if weights is not None:
+            threads = threads or torch.get_num_threads()
+            x, caches = conformer_kernel.step_blocks(x, weights, state.blocks, lens, frames, angle, threads, in_place)
+            return x, ConformerState(tuple(BlockState(*own) for own in caches), heard, clock)
         # as numbers to add: attention would turn it into them in each block
         bias = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill(~allowed, -torch.inf)
         window = Window(chunk, lens, bias[:, None, None], angle)
@@ -340,6 +367,4 @@ class Conformer(nn.Module):
         for block, own in zip(self.blocks, state.blocks, strict=True):
             x, kept = block.step(x, window, own)  # type: ignore[operator]
             after.append(kept)
-        clock = clock + (chunk if lens is None else lens[:, None]) * rates
-        frames = (frames + (chunk if lens is None else lens)).clamp(max=left)
-        return x, ConformerState(tuple(after), frames, clock - TURN * (clock / TURN).floor())
+        return x, ConformerState(tuple(after), heard, clock)

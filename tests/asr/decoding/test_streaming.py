@@ -275,7 +275,7 @@ def test_the_predictor_forgets_at_an_endpoint_without_text() -> None:
         stream.accept(piece)
         listening.advance([stream])
         now = listening._states[1].predictor[0][stream._slot]
-        forgot.append(torch.equal(now, listening._fresh[1].predictor[0][0]))
+        forgot.append(torch.equal(now, listening._fresh.predictor[0][0]))
     assert not forgot[0] and forgot[-1] and not stream.segments
 
 

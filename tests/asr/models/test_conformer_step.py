@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from asr.models.encoders import conformer_kernel
 from asr.models.encoders.conformer import Conformer, ConformerState
 from tests.asr.models.test_conformer import make
 
@@ -38,11 +39,33 @@ def moved(state: ConformerState) -> ConformerState:
     return tree_unflatten(torch.load(file, weights_only=True), form)  # type: ignore[no-any-return]
 
 
-@torch.no_grad()
 def streamed(
-    model: Conformer, utterances: list[Tensor], starts: list[int], chunk: int, left: int, rows: int
+    model: Conformer,
+    utterances: list[Tensor],
+    starts: list[int],
+    chunk: int,
+    left: int,
+    rows: int,
+    *,
+    compiled: bool = True,
+    in_place: bool = False,
+    threads: int = 1,
 ) -> list[Tensor]:
     """Each utterance from the step on at which it starts, or once a row is free; garbage where nothing is to hear."""
+    with torch.set_grad_enabled(not compiled):  # compiled loops have no gradients
+        return _streamed(model, utterances, starts, chunk, left, rows, in_place, threads)
+
+
+def _streamed(
+    model: Conformer,
+    utterances: list[Tensor],
+    starts: list[int],
+    chunk: int,
+    left: int,
+    rows: int,
+    in_place: bool,
+    threads: int,
+) -> list[Tensor]:
     state, fresh = model.init_state(rows, left), model.init_state(1, left)
     waiting = sorted(range(len(utterances)), key=lambda i: starts[i])
     at: dict[int, tuple[int, int]] = {}  # by row: utterance, encoder frames heard
@@ -52,6 +75,10 @@ def streamed(
         for row in range(rows):
             if row not in at and waiting and starts[waiting[0]] <= step:
                 at[row] = (waiting.pop(0), 0)
+                if waiting and len(waiting) % 2:
+                    with torch.no_grad():
+                        model.restart(state, row)
+                    continue
                 for old, new in zip(tree_leaves(state), tree_leaves(fresh), strict=True):
                     old[row : row + 1] = new
         features = torch.full((rows, 4 * chunk + 3, 80), float("nan"))
@@ -62,11 +89,14 @@ def streamed(
             features[row, : len(part)] = part
         lens = torch.tensor(counts)
         before = moved(state) if step % 3 == 2 else state
-        enc, state = model.step(features, before, None if min(counts) == chunk else lens)
+        was = moved(before) if in_place else before
+        missing = None if min(counts) == chunk else lens
+        enc, state = model.step(features, before, missing, threads=threads, in_place=in_place)
+        enc, state = enc.detach(), tree_map(Tensor.detach, state)
         assert torch.isfinite(enc).all()
         for row in range(rows):
             if counts[row] == 0:
-                pairs = zip(tree_leaves(before), tree_leaves(state), strict=True)
+                pairs = zip(tree_leaves(was), tree_leaves(state), strict=True)
                 assert all(torch.equal(old[row], new[row]) for old, new in pairs)
         for row, (i, heard) in list(at.items()):
             outputs[i].append(enc[row, : counts[row]])
@@ -83,13 +113,27 @@ def streamed(
     rows=st.integers(1, 4),
     utterances=st.lists(st.tuples(st.integers(1, 70), st.integers(0, 6)), min_size=1, max_size=6),
     seed=st.integers(0, 9),
+    compiled=st.booleans(),
+    in_place=st.booleans(),
+    threads=st.integers(1, 3),
 )
-@settings(max_examples=60, deadline=None)
-def test_chunks_equal_the_whole(chunk: int, left: int, rows: int, utterances: list[tuple[int, int]], seed: int) -> None:
+@settings(max_examples=100, deadline=None)
+def test_chunks_equal_the_whole(
+    chunk: int,
+    left: int,
+    rows: int,
+    utterances: list[tuple[int, int]],
+    seed: int,
+    compiled: bool,
+    in_place: bool,
+    threads: int,
+) -> None:
     model = make()
     generator = torch.Generator().manual_seed(seed)
     features = [torch.randn(4 * frames + 3, 80, generator=generator) * 2 for frames, _ in utterances]
-    found = streamed(model, features, [start for _, start in utterances], chunk, left, rows)
+    starts = [start for _, start in utterances]
+    ways = {"compiled": compiled, "in_place": in_place, "threads": threads}
+    found = streamed(model, features, starts, chunk, left, rows, **ways)  # type: ignore[arg-type]
     for one, out in zip(features, found, strict=True):
         assert (out - whole(model, one, chunk, left)).abs().max() < FLOAT32
 
@@ -121,3 +165,51 @@ def test_what_is_no_chunk_is_refused(model: Conformer) -> None:
         model.step(torch.zeros(3, 35, 80), state)
     with pytest.raises(ValueError, match="left_context_frames=-1"):
         model.init_state(2, -1)
+
+
+@torch.no_grad()
+def test_compiled_loops_follow_the_weights() -> None:
+    model, other = make(), make(dropout=0.0)
+    for parameter in other.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    features, state = torch.randn(1, 35, 80), model.init_state(1, 16)
+    assert conformer_kernel.weights_of(model.blocks[0]) is not None
+    model.step(features, state)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model.step(features, state)[0], other.step(features, state)[0])
+    # other memory: of a parameter of its own, and of the same one
+    model.blocks[0].ff1.up.weight = torch.nn.Parameter(torch.zeros_like(model.blocks[0].ff1.up.weight))
+    other.blocks[0].ff1.up.weight.zero_()
+    assert torch.equal(model.step(features, state)[0], other.step(features, state)[0])
+    model.blocks[0].ff1.up.bias.data = torch.ones_like(model.blocks[0].ff1.up.bias)
+    other.blocks[0].ff1.up.bias.fill_(1)
+    assert torch.equal(model.step(features, state)[0], other.step(features, state)[0])
+
+
+@torch.no_grad()
+def test_what_is_no_plain_layer_is_left_to_torch() -> None:
+    model = make()
+    features, state = torch.randn(1, 35, 80), model.init_state(1, 16)
+    layer = model.blocks[0].ff2.down
+    seen: list[object] = []
+    hook = layer.register_forward_pre_hook(lambda *_: seen.append(0))
+    model.step(features, state)
+    assert seen
+    hook.remove()
+    layer.forward = lambda x: torch.nn.functional.linear(x, 0 * layer.weight, 0 * layer.bias)  # type: ignore
+    changed = model.step(features, state)[0]
+    del layer.forward
+    assert not torch.equal(changed, model.step(features, state)[0])
+    assert model.double().step(features.double(), model.init_state(1, 16))[0].dtype == torch.float64
+
+
+@torch.no_grad()
+def test_a_state_is_left_alone_unless_it_may_be_written_over(model: Conformer) -> None:
+    features, state = torch.randn(2, 35, 80), model.init_state(2, 16)
+    _, state = model.step(features, state)
+    before = moved(state)
+    first, after = model.step(features, state)
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(before), tree_leaves(state), strict=True))
+    again, written = model.step(features, state, in_place=True)
+    assert torch.equal(first, again) and written.blocks[0].keys.data_ptr() == state.blocks[0].keys.data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(after), tree_leaves(written), strict=True))

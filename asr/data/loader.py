@@ -264,7 +264,10 @@ def train_loader(
     batches = plan_epoch(durations_s, config, seed=seed, epoch=epoch)
     if config.max_lattice_cells:
         frames = [num_encoder_frames(round(s * SAMPLE_RATE_HZ), config.features) for s in durations_s.tolist()]
-        tokens = [len(tokenizer.encode(transcript(cut))) for cut in plain] * (len(of_epoch) // len(plain))
+        counted = plain.tokens if isinstance(plain, PackedCuts) else None
+        tokens = (
+            [len(tokenizer.encode(transcript(cut))) for cut in plain] if counted is None else counted.tolist()
+        ) * (len(of_epoch) // len(plain))
         batches = split_by_lattice(batches, frames, tokens, config.max_lattice_cells)
     dataset = BatchDataset(of_epoch, tokenizer, config, seed, epoch)
     left = batches[skip_batches:]

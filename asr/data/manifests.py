@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from lhotse import CutSet, MonoCut
 
@@ -75,7 +76,7 @@ def check_cuts(
     Returns:
         The good cuts in their order, and the bad rows. Reasons name the cut and its audio file.
     """
-    rows = checked_cuts(
+    checked = checked_cuts(
         cuts,
         tokenizer,
         config,
@@ -87,12 +88,20 @@ def check_cuts(
     )
     good: list[MonoCut] = []
     bad: list[BadRow] = []
-    for cut, row in rows:
-        if row is None:
-            good.append(cut)
+    for one in checked:
+        if one.bad is None:
+            good.append(one.cut)
         else:
-            bad.append(row)
+            bad.append(one.bad)
     return CutSet.from_cuts(good), bad
+
+
+class Checked(NamedTuple):
+    """A cut, the number of its tokens (0 without a tokenizer), and what is wrong with it, or None."""
+
+    cut: MonoCut
+    tokens: int
+    bad: BadRow | None
 
 
 def checked_cuts(
@@ -105,21 +114,23 @@ def checked_cuts(
     max_speed: float = 1.0,
     source: str | os.PathLike[str] | None = None,
     check_audio: bool = True,
-) -> Iterator[tuple[MonoCut, BadRow | None]]:
+) -> Iterator[Checked]:
     """Each cut, one after the other, with what is wrong with it; arguments as of ``check_cuts``."""
     for line, cut in enumerate(cuts, 1):
+        tokens = 0
         reason = _cut_problem(cut, check_audio)
         if reason is None:
             faster = max_speed > 1 and cut.recording is not None
             played = cut.perturb_speed(max_speed) if faster else cut
             frames = num_encoder_frames(played.num_samples, config)
-            reason = _text_problem(cut, tokenizer, frames, min_frames, max_tokens_per_frame)
+            tokens, reason = _tokens(cut, tokenizer, frames, min_frames, max_tokens_per_frame)
         if reason is None:
-            yield cut, None
+            yield Checked(cut, tokens, None)
             continue
         audio = _audio_path(cut)
         named = f"cut {cut.id}: {reason}" if audio is None or source is None else f"cut {cut.id} ({audio}): {reason}"
-        yield cut, BadRow(str(audio or cut.id), 0, named) if source is None else BadRow(str(source), line, named)
+        bad = BadRow(str(audio or cut.id), 0, named) if source is None else BadRow(str(source), line, named)
+        yield Checked(cut, tokens, bad)
 
 
 def _cut_problem(cut: MonoCut, check_audio: bool) -> str | None:
@@ -137,27 +148,27 @@ def _cut_problem(cut: MonoCut, check_audio: bool) -> str | None:
     return audio_problem(path, None if cut.recording.transforms else cut.recording.num_samples)
 
 
-def _text_problem(
+def _tokens(
     cut: MonoCut, tokenizer: Tokenizer | None, frames: int, min_frames: int, max_tokens_per_frame: float
-) -> str | None:
-    """What is wrong with the transcript of a cut, or with its length for the audio."""
+) -> tuple[int, str | None]:
+    """The number of tokens of a cut, and what is wrong with its transcript, or with its length for the audio."""
     if len(cut.supervisions) != 1:
-        return f"it has {len(cut.supervisions)} transcripts; one is needed"
+        return 0, f"it has {len(cut.supervisions)} transcripts; one is needed"
     text = cut.supervisions[0].text or ""
     if not text.strip():
-        return "the transcript is empty"
+        return 0, "the transcript is empty"
     if frames < min_frames:
-        return f"{frames} encoder frames are fewer than the {min_frames} that are needed"
+        return 0, f"{frames} encoder frames are fewer than the {min_frames} that are needed"
     if tokenizer is None:
-        return None
+        return 0, None
     try:
         tokens = len(tokenizer.encode(text))
     except UnknownToken as error:
-        return str(error)
+        return 0, str(error)
     if tokens > max_tokens_per_frame * frames:
         allowed = int(max_tokens_per_frame * frames)
-        return f"{tokens} tokens are more than the {allowed} that {frames} encoder frames allow"
-    return None
+        return tokens, f"{tokens} tokens are more than the {allowed} that {frames} encoder frames allow"
+    return tokens, None
 
 
 def _audio_path(cut: MonoCut) -> str | None:

@@ -58,8 +58,11 @@ class _Cuts(Sequence[MonoCut]):
 class PackedCuts(_Cuts):
     """A fixed list of cuts.
 
-    Made by ``PackedCuts.open`` of a manifest, or of cuts that are there. ``durations_s`` is float64 [N].
+    Made by ``PackedCuts.open`` of a manifest, or of cuts that are there. ``durations_s`` is float64 [N]; ``tokens`` is
+    int32 [N], what training's tokenizer makes of each transcript, where somebody has counted.
     """
+
+    tokens: np.ndarray | None = None
 
     def __init__(self, cuts: Iterable[MonoCut] = ()) -> None:
         self._path: Path | None = None

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import zipfile
+import zlib
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+
+from asr.atomic import write_whole
 from asr.config import Experiment
 from asr.data.bad_rows import BadRow, report_bad_rows
 from asr.data.features import FeatureStats, check_stored_features
@@ -13,6 +23,8 @@ from asr.data.tokenizer import Tokenizer
 from asr.errors import UserError
 from asr.training.ranks import place
 from asr.training.trainer import TrainData
+
+_FORMAT = 1  # of the notes
 
 
 def load_train_data(
@@ -35,21 +47,14 @@ def load_train_data(
     bad: list[BadRow] = []
     good = []
     total = 0
-    for path, max_speed in zip((train_cuts, valid_cuts), speeds, strict=True):
+    for name, path, max_speed in zip(("train", "valid"), (train_cuts, valid_cuts), speeds, strict=True):
         cuts = PackedCuts.open(path)
         total += len(cuts)
-        usable: list[int] = []
-        checked = checked_cuts(
-            cuts, tokenizer, experiment.data.features, max_speed=max_speed, source=path, check_audio=on_the_fly
-        )
-        for number, (cut, row) in enumerate(checked):
-            if row is not None:
-                bad.append(row)
-                continue
-            usable.append(number)
-            if not on_the_fly:
-                check_stored_features([cut], experiment.data.features)
-        good.append(cuts if len(usable) == len(cuts) else cuts.keep(usable))
+        found = _check(cuts, path, max_speed, tokenizer, experiment, out / f"checked-{name}.npz")
+        bad += found.bad
+        kept = cuts if len(found.usable) == len(cuts) else cuts.keep(found.usable.tolist())
+        kept.tokens = found.tokens
+        good.append(kept)
     config = experiment.data
     report_bad_rows(bad, total, config.strict, config.max_bad_fraction, out / "bad_rows.txt")
     if bad and place().first:
@@ -58,3 +63,66 @@ def load_train_data(
         if len(kept) == 0:
             raise UserError(f"all cuts of {path} are bad; reasons in {out / 'bad_rows.txt'}")
     return TrainData(good[0], good[1], tokenizer, stats)
+
+
+class _Found(NamedTuple):
+    """Of a manifest: the numbers of usable cuts, int64 [N], how many tokens each has, int32 [N], and the bad rows."""
+
+    usable: np.ndarray
+    tokens: np.ndarray
+    bad: list[BadRow]
+
+
+def _check(
+    cuts: PackedCuts, path: Path, max_speed: float, tokenizer: Tokenizer, experiment: Experiment, note: Path
+) -> _Found:
+    """Looks at every cut once; the outcome is noted, so that a training that goes on does not look at all again.
+
+    A note of another manifest, tokenizer or setting does not count, nor one by which a cut is bad that is not so now.
+    """
+    on_the_fly = experiment.data.features.storage != "stored"
+    asked = [hashlib.sha256(path.read_bytes()).hexdigest(), str(path), max_speed, on_the_fly]
+    features = dataclasses.asdict(experiment.data.features)
+    key = hashlib.sha256(json.dumps([_FORMAT, asked, tokenizer.to_state(), features]).encode()).hexdigest()
+    check = partial(
+        checked_cuts,
+        tokenizer=tokenizer,
+        config=experiment.data.features,
+        max_speed=max_speed,
+        source=path,
+        check_audio=on_the_fly,
+    )
+    known = _noted(note, key)
+    if known is not None:
+        left_out = np.setdiff1d(np.arange(len(cuts)), known.usable).tolist()
+        if all(one.bad is not None for one in check(cuts[number] for number in left_out)):
+            return known
+    usable, tokens, bad = [], [], []
+    for number, one in enumerate(check(cuts)):
+        if one.bad is not None:
+            bad.append(one.bad)
+            continue
+        if not on_the_fly:
+            check_stored_features([one.cut], experiment.data.features)
+        usable.append(number)
+        tokens.append(one.tokens)
+    found = _Found(np.array(usable, np.int64), np.array(tokens, np.int32), bad)
+    if place().first:
+        rows = json.dumps([dataclasses.astuple(row) for row in bad])
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(
+            note, lambda file: np.savez_compressed(file, key=key, usable=found.usable, tokens=found.tokens, bad=rows)
+        )
+    return found
+
+
+def _noted(note: Path, key: str) -> _Found | None:
+    """What was noted under this key; None where there is no such note, or one that cannot be read."""
+    try:
+        with np.load(note, allow_pickle=False) as arrays:
+            if str(arrays["key"]) != key:
+                return None
+            bad = [BadRow(*row) for row in json.loads(str(arrays["bad"]))]
+            return _Found(arrays["usable"], arrays["tokens"], bad)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None

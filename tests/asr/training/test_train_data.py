@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from asr.config import Experiment
 from asr.data.fbank import num_encoder_frames
 from asr.data.manifests import save_cuts
+from asr.training import train_data
 from asr.training.train_data import load_train_data
 from asr.training.trainer import TrainData
 from losses.shapes import Lengths
@@ -62,3 +64,42 @@ def test_every_prune_range_reaches_what_the_filter_lets_pass(topology: str) -> N
     if topology == "regular":
         with pytest.raises(ValueError, match="prune_range=2 cannot reach"):
             check_prune_range(Lengths((4,), (5,)), 2, topology)
+
+
+def test_what_was_checked_is_not_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load(tmp_path, on_the_fly(1.0))
+    looked = []
+    plain = train_data.checked_cuts
+
+    def counting(cuts: Any, *args: Any, **kwargs: Any) -> Any:
+        found = list(plain(cuts, *args, **kwargs))
+        looked.append(len(found))
+        return iter(found)
+
+    monkeypatch.setattr(train_data, "checked_cuts", counting)
+    again = load(tmp_path, on_the_fly(1.0))
+    assert looked == [0, 0]
+    for old, new in zip((first.train_cuts, first.valid_cuts), (again.train_cuts, again.valid_cuts), strict=True):
+        assert [cut.id for cut in old] == [cut.id for cut in new]
+        assert new.tokens.tolist() == [len(TOKENIZER.encode(cut.supervisions[0].text)) for cut in new]
+    load(tmp_path, on_the_fly(1.0, FAST))  # another speed: training cuts are looked at, and one is bad
+    assert looked[2:] == [3, 0]
+    load(tmp_path, on_the_fly(1.0, FAST))
+    assert looked[4:] == [1, 0]
+    (tmp_path / "checked-train.npz").write_bytes(b"torn")
+    assert len(load(tmp_path, on_the_fly(1.0, FAST)).train_cuts) == 2
+    assert looked[6:] == [3, 0]
+
+
+def test_a_mended_recording_is_used(tmp_path: Path) -> None:
+    config = on_the_fly(1.0)
+    load(tmp_path, config)
+    path = next((tmp_path / "audio").rglob("*.wav"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    for name in ("train", "valid"):
+        (tmp_path / f"checked-{name}.npz").unlink()
+    paths = tmp_path / "train.jsonl.gz", tmp_path / "valid.jsonl.gz"
+    assert len(load_train_data(config, *paths, TOKENIZER, None, tmp_path).train_cuts) == 2
+    path.write_bytes(whole)
+    assert len(load_train_data(config, *paths, TOKENIZER, None, tmp_path).train_cuts) == 3

@@ -8,6 +8,7 @@ number of batches that it consumed, nothing else.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -34,7 +35,7 @@ from asr.data.features import (
     num_audio_frames,
     num_encoder_frames,
 )
-from asr.data.packed_cuts import ExpandedCuts, PackedCuts, durations_of
+from asr.data.packed_cuts import ExpandedCuts, JoinedCuts, PackedCuts, cuts_of_epoch, durations_of
 from asr.data.tokenizer import Tokenizer, UnknownToken
 from asr.errors import UserError
 
@@ -60,6 +61,8 @@ class DataConfig:
         shuffle: draw training batches in random order; otherwise take cuts in the order given.
         strict: stop at the first bad row instead of leaving it out.
         max_bad_fraction: stop when more than this fraction of rows is bad.
+        more_cuts: manifests that train beside the own one, and how much of each an epoch holds, like
+            {other/cuts_train.jsonl.gz: 0.2}: another fifth in each epoch; 2.0 is all of it twice.
     """
 
     features: FeatureConfig = field(default_factory=FeatureConfig)
@@ -73,6 +76,7 @@ class DataConfig:
     shuffle: bool = True
     strict: bool = False
     max_bad_fraction: float = 0.1
+    more_cuts: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_duration_s <= 0:
@@ -87,6 +91,12 @@ class DataConfig:
             raise ValueError(f"num_workers={self.num_workers}; it must not be negative")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction}; it must lie in [0, 1]")
+        for path, share in self.more_cuts.items():
+            if not 0 < share <= (1 if self.features.storage == "stored" else 100):
+                most = "1 with stored features" if self.features.storage == "stored" else "100"
+                raise ValueError(
+                    f"more_cuts has {path}: {share}; how much of it an epoch holds is above 0, at most {most}"
+                )
 
 
 class BatchLoader(Iterable[Batch]):
@@ -229,7 +239,7 @@ def train_loader(
     rank: int = 0,
     size: int = 1,
 ) -> BatchLoader:
-    """Augmented batches of one epoch, in random order, every cut exactly once.
+    """Augmented batches of one epoch, in random order, every cut exactly once, or as ``JoinedCuts`` has it.
 
     Of several processes, each takes every size-th batch of the same order. Where they do not come out even, a process
     without a batch in the last round gets the first of that round to stand in, which must not count.
@@ -251,7 +261,7 @@ def train_loader(
         UserError: there are no cuts; or stored features are missing or were made with other settings. While
             iterating: a cut cannot be loaded, or a worker was killed.
     """
-    plain = cuts if isinstance(cuts, PackedCuts) else list(cuts)
+    plain = cuts if isinstance(cuts, PackedCuts | JoinedCuts) else list(cuts)
     if not plain:
         raise UserError("no cuts to train on")
     if skip_batches < 0:
@@ -259,12 +269,18 @@ def train_loader(
     stored = config.features.storage == "stored"
     if stored and plain is not cuts:
         check_stored_features(plain, config.features)
-    of_epoch = plain if stored else ExpandedCuts(plain, config.augment)
+    joined = plain if isinstance(plain, JoinedCuts) else None
+    times = 1 if joined is None else max(1, math.ceil(max(joined.shares)))
+    of_epoch = plain if stored else ExpandedCuts(plain, config.augment, times)
     durations_s = durations_of(of_epoch)
-    batches = plan_epoch(durations_s, config, seed=seed, epoch=epoch)
+    places = len(of_epoch) // len(plain) // times
+    chosen = None if joined is None else cuts_of_epoch(joined, places, seed=seed, epoch=epoch)
+    batches = plan_epoch(durations_s if chosen is None else durations_s[chosen], config, seed=seed, epoch=epoch)
+    if chosen is not None:
+        batches = [chosen[batch].tolist() for batch in batches]
     if config.max_lattice_cells:
         frames = [num_encoder_frames(round(s * SAMPLE_RATE_HZ), config.features) for s in durations_s.tolist()]
-        counted = plain.tokens if isinstance(plain, PackedCuts) else None
+        counted = plain.tokens if isinstance(plain, PackedCuts | JoinedCuts) else None
         tokens = (
             [len(tokenizer.encode(transcript(cut))) for cut in plain] if counted is None else counted.tolist()
         ) * (len(of_epoch) // len(plain))

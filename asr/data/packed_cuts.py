@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import re
 import zlib
@@ -22,7 +23,7 @@ from lhotse import MonoCut
 from lhotse.serialization import deserialize_item
 
 from asr.data.audio import SAMPLE_RATE_HZ
-from asr.data.augmentation import AugmentConfig, expand_cut
+from asr.data.augmentation import AugmentConfig, expand_cut, random_generator
 from asr.errors import UserError
 
 BLOCK = 64
@@ -152,6 +153,72 @@ class PackedCuts(_Cuts):
         return cut
 
 
+class JoinedCuts(_Cuts):
+    """Several corpora, one after the other, with how much of each an epoch holds.
+
+    Args:
+        parts: the cuts of each.
+        shares: of each, how often an epoch holds one of its cuts on average: 1 is all of them, 0.2 another fifth in
+            each epoch, 2 all of them twice.
+    """
+
+    def __init__(self, parts: Sequence[PackedCuts], shares: Sequence[float]) -> None:
+        self._parts, self.shares = list(parts), list(shares)
+        self._begins = np.cumsum([0, *(len(part) for part in parts)])
+        self.durations_s = np.concatenate([part.durations_s for part in parts])
+        counted = [part.tokens for part in parts if part.tokens is not None]
+        self.tokens = np.concatenate(counted) if len(counted) == len(parts) else None
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many cuts each part has."""
+        return [len(part) for part in self._parts]
+
+    def _at(self, number: int) -> MonoCut:
+        part = int(np.searchsorted(self._begins, number, side="right")) - 1
+        return self._parts[part][number - int(self._begins[part])]
+
+    def __iter__(self) -> Iterator[MonoCut]:
+        for part in self._parts:
+            yield from part
+
+
+def mean_share(cuts: object) -> np.ndarray | float:
+    """How often an epoch holds each cut on average, float64 [N], or 1 for all."""
+    return np.repeat(cuts.shares, cuts.sizes) if isinstance(cuts, JoinedCuts) else 1.0
+
+
+def cuts_of_epoch(cuts: JoinedCuts, places: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Which cuts an epoch holds: a pure function of its arguments.
+
+    A part of less than its whole is another one in each epoch: all of a corpus are heard before one is heard again.
+
+    Args:
+        cuts: of several corpora, N in all.
+        places: speeds times copies that each cut has anyway.
+        seed: of the experiment.
+        epoch: number of the epoch.
+
+    Returns:
+        int64, rising: place * N + cut, where the places of the second time that a cut is heard follow those of the
+        first.
+    """
+    found = []
+    begin = 0
+    for part, (count, share) in enumerate(zip(cuts.sizes, cuts.shares, strict=True)):
+        for time in range(math.ceil(share)):
+            chosen = _turn(count, min(1.0, share - time), f"{part}-{time}", seed, epoch)
+            found += [(time * places + place) * len(cuts) + begin + chosen for place in range(places)]
+        begin += count
+    return np.sort(np.concatenate(found))
+
+
+def _turn(count: int, share: float, name: str, seed: int, epoch: int) -> np.ndarray:
+    """The share of ``count`` whose turn it is in an epoch, round and round in one random order."""
+    first, last = round(share * count * epoch), round(share * count * (epoch + 1))
+    return random_generator(seed, 0, name, "mix").permutation(count)[np.arange(first, last) % count]
+
+
 def durations_of(cuts: Iterable[MonoCut]) -> np.ndarray:
     """Durations in seconds, float64 [N]."""
     if isinstance(cuts, _Cuts):
@@ -160,13 +227,13 @@ def durations_of(cuts: Iterable[MonoCut]) -> np.ndarray:
 
 
 class ExpandedCuts(_Cuts):
-    """``expand_cuts`` of cuts without their stored features, each made when it is asked for."""
+    """``expand_cuts`` of cuts without their stored features, each made when it is asked for; all so many times."""
 
-    def __init__(self, cuts: Sequence[MonoCut], config: AugmentConfig) -> None:
+    def __init__(self, cuts: Sequence[MonoCut], config: AugmentConfig, times: int = 1) -> None:
         self._cuts, self._config = cuts, config
         plain = durations_of(cuts)
         by_speed = [plain if factor == 1.0 else _at_speed(plain, factor) for factor in config.speed_factors]
-        self.durations_s = np.concatenate(by_speed * config.copies)
+        self.durations_s = np.concatenate(by_speed * config.copies * times)
 
     def _at(self, number: int) -> MonoCut:
         place, number = divmod(number, len(self._cuts))

@@ -18,7 +18,7 @@ from asr.config import Experiment
 from asr.data.bad_rows import BadRow, report_bad_rows
 from asr.data.features import FeatureStats, check_stored_features
 from asr.data.manifests import checked_cuts
-from asr.data.packed_cuts import PackedCuts
+from asr.data.packed_cuts import JoinedCuts, PackedCuts
 from asr.data.tokenizer import Tokenizer
 from asr.errors import UserError
 from asr.training.ranks import place
@@ -35,7 +35,9 @@ def load_train_data(
     stats: FeatureStats | None,
     out: Path,
 ) -> TrainData:
-    """Reads both manifests and leaves out what training cannot use, with the reasons in ``out / "bad_rows.txt"``.
+    """Reads the manifests, those of ``data.more_cuts`` too, and leaves out what training cannot use.
+
+    The reasons are in ``out / "bad_rows.txt"``.
 
     Raises:
         UserError: a manifest that cannot be used; bad rows under ``data.strict``, or too many of them.
@@ -43,11 +45,14 @@ def load_train_data(
     # stored features are used without the audio, which may be gone by now
     on_the_fly = experiment.data.features.storage != "stored"
     # stored features hold every speed already, each as a cut of its own
-    speeds = max(experiment.data.augment.speed_factors) if on_the_fly else 1.0, 1.0
+    fastest = max(experiment.data.augment.speed_factors) if on_the_fly else 1.0
+    more = {Path(path): share for path, share in experiment.data.more_cuts.items()}
+    asked = [("train", train_cuts, fastest), ("valid", valid_cuts, 1.0)]
+    asked += [(f"more-{number}", path, fastest) for number, path in enumerate(more, 1)]
     bad: list[BadRow] = []
     good = []
     total = 0
-    for name, path, max_speed in zip(("train", "valid"), (train_cuts, valid_cuts), speeds, strict=True):
+    for name, path, max_speed in asked:
         cuts = PackedCuts.open(path)
         total += len(cuts)
         found = _check(cuts, path, max_speed, tokenizer, experiment, out / f"checked-{name}.npz")
@@ -59,10 +64,12 @@ def load_train_data(
     report_bad_rows(bad, total, config.strict, config.max_bad_fraction, out / "bad_rows.txt")
     if bad and place().first:
         print(f"left out {len(bad)} of {total} cuts, reasons in {out / 'bad_rows.txt'}", flush=True)
-    for path, kept in zip((train_cuts, valid_cuts), good, strict=True):
+    for (_, path, _), kept in zip(asked, good, strict=True):
         if len(kept) == 0:
             raise UserError(f"all cuts of {path} are bad; reasons in {out / 'bad_rows.txt'}")
-    return TrainData(good[0], good[1], tokenizer, stats)
+    train, valid, *others = good
+    together = JoinedCuts([train, *others], [1.0, *more.values()]) if others else train
+    return TrainData(together, valid, tokenizer, stats)
 
 
 class _Found(NamedTuple):

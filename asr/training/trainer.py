@@ -23,7 +23,7 @@ from asr.config import Experiment, dump
 from asr.data.batch import Batch
 from asr.data.features import FeatureStats
 from asr.data.loader import BatchLoader, DataConfig, eval_loader, explain_dead_worker, train_loader
-from asr.data.packed_cuts import durations_of
+from asr.data.packed_cuts import durations_of, mean_share
 from asr.data.tokenizer import Tokenizer
 from asr.environment import cpu
 from asr.errors import CheckpointError, Terminated, UserError
@@ -67,7 +67,7 @@ class TrainResult:
 
 def _epoch_seconds(cuts: Any, config: DataConfig) -> float:
     """Audio of one epoch: stored features hold every speed and copy already, on the fly they multiply the cuts."""
-    seconds = float(durations_of(cuts).sum())
+    seconds = float((durations_of(cuts) * mean_share(cuts)).sum())
     if config.features.storage == "stored":
         return seconds
     return seconds * config.augment.copies * sum(1 / factor for factor in config.augment.speed_factors)

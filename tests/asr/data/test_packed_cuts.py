@@ -4,11 +4,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from lhotse import MonoCut
 
 from asr.data.augmentation import AugmentConfig, expand_cuts
 from asr.data.manifests import save_cuts
-from asr.data.packed_cuts import BLOCK, ExpandedCuts, PackedCuts, durations_of
+from asr.data.packed_cuts import (
+    BLOCK,
+    ExpandedCuts,
+    JoinedCuts,
+    PackedCuts,
+    cuts_of_epoch,
+    durations_of,
+    mean_share,
+)
 from asr.errors import UserError
 from tests.asr.data.speech import write_cuts
 
@@ -105,3 +115,38 @@ def test_manifests_that_cannot_be_read(cuts: list[MonoCut], tmp_path: Path) -> N
     (tmp_path / "text.jsonl.gz").write_bytes(b"no gzip")
     with pytest.raises(UserError, match="text.jsonl.gz:1: the manifest cannot be read"):
         PackedCuts.open(tmp_path / "text.jsonl.gz")
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    shares=st.lists(st.sampled_from([0.1, 0.3, 0.5, 1.0, 1.25, 2.0]), min_size=3, max_size=3),
+    places=st.integers(1, 3),
+    seed=st.integers(0, 3),
+)
+def test_an_epoch_of_several_corpora_holds_their_shares(
+    sizes: list[int], shares: list[float], places: int, seed: int
+) -> None:
+    parts = [PackedCuts() for _ in sizes]
+    for part, size in zip(parts, sizes, strict=True):
+        part.durations_s = np.ones(size)
+    joined = JoinedCuts(parts, shares[: len(sizes)])
+    epochs = [cuts_of_epoch(joined, places, seed=seed, epoch=epoch) for epoch in range(20)]
+    assert np.array_equal(epochs[3], cuts_of_epoch(joined, places, seed=seed, epoch=3))
+    heard = np.zeros(len(joined))
+    for epoch in epochs:
+        assert len(set(epoch.tolist())) == len(epoch)
+        heard += np.bincount(epoch % len(joined), minlength=len(joined))
+    begin = 0
+    for size, share in zip(sizes, joined.shares, strict=True):
+        times = heard[begin : begin + size] / places
+        # all are heard before one is heard again, the whole times and the rest each by itself
+        assert times.max() - times.min() <= 1 and abs(times.sum() - 20 * share * size) <= 1
+        begin += size
+
+
+def test_joined_cuts_are_those_of_their_parts(tmp_path: Path) -> None:
+    cuts = list(write_cuts(tmp_path, [1.0, 1.5, 2.0]))
+    joined = JoinedCuts([PackedCuts(cuts[:1]), PackedCuts(cuts[1:])], [1.0, 0.5])
+    assert [cut.id for cut in joined] == [joined[i].id for i in range(3)] == [cut.id for cut in cuts]
+    assert joined.durations_s.tolist() == [cut.duration for cut in cuts]
+    assert (joined.durations_s * mean_share(joined)).sum() == pytest.approx(1.0 + 0.5 * 3.5)

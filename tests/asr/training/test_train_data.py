@@ -9,7 +9,9 @@ import pytest
 
 from asr.config import Experiment
 from asr.data.fbank import num_encoder_frames
+from asr.data.loader import train_loader
 from asr.data.manifests import save_cuts
+from asr.errors import UserError
 from asr.training import train_data
 from asr.training.train_data import load_train_data
 from asr.training.trainer import TrainData
@@ -103,3 +105,19 @@ def test_a_mended_recording_is_used(tmp_path: Path) -> None:
     assert len(load_train_data(config, *paths, TOKENIZER, None, tmp_path).train_cuts) == 2
     path.write_bytes(whole)
     assert len(load_train_data(config, *paths, TOKENIZER, None, tmp_path).train_cuts) == 3
+
+
+def test_other_corpora_train_beside_the_own_one(tmp_path: Path) -> None:
+    for name in ("own", "other"):
+        load(tmp_path / name, on_the_fly(1.0))
+    other = tmp_path / "other" / "train.jsonl.gz"
+    settings = [f"data.more_cuts={{{other}: 0.34}}", "data.augment={speed_factors: [1.0], copies: 2}"]
+    config = experiment("data.features.storage=on_the_fly", *settings)
+    paths = tmp_path / "own" / "train.jsonl.gz", tmp_path / "own" / "valid.jsonl.gz"
+    data = load_train_data(config, *paths, TOKENIZER, None, tmp_path / "run")
+    assert len(data.train_cuts) == 6 and data.train_cuts.tokens.shape == (6,)
+    for epoch in range(3):
+        loader = train_loader(data.train_cuts, TOKENIZER, config.data, seed=0, epoch=epoch)
+        assert sum(batch.size for batch in loader) == 2 * 4
+    with pytest.raises(UserError, match="more_cuts has .*: 2"):
+        experiment("data.features.storage=stored", f"data.more_cuts={{{other}: 2.0}}")

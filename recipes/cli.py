@@ -127,6 +127,11 @@ def make_parser(corpus: str) -> Parser:
     text = "one setting, like optim.lr=0.001; repeatable (`asr train --help-keys` lists all)"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
     add("--init-from", metavar="FILE", help="begin with the weights of a checkpoint: --set training.init_from=FILE")
+    text = "what the test sets are decoded in: ms, or full for whole utterances, with commas between; each has results "
+    text += "of its own, and the last line is that of the first (default: decoding.chunk_ms"
+    more = CORPORA[corpus].Options().decode_chunks
+    text += f", and {','.join(map(str, more))} of a model that training.chunk_ms lets hear chunks)" if more else ")"
+    add("--decode-chunks", metavar="LIST", help=text)
     add("--strict", action="store_true", help="stop at the first list of bad rows instead of leaving them out")
     add("--num-jobs", type=int, default=2, metavar="N", help="processes that prepare audio and features")
     add_corpus_options(parser, CORPORA[corpus].Options)

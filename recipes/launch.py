@@ -6,6 +6,7 @@ import dataclasses
 import json
 import socket
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asr.cli.guard import stopped_by_sigterm
@@ -15,6 +16,7 @@ from asr.training.launch import Nodes, run_processes
 from recipes.engine import Pipeline, StageStopped, write_atomic
 
 if TYPE_CHECKING:
+    from asr.decoding.search import DecodingConfig
     from recipes.stages import Recipe
 
 SETTINGS_FILE = "train/settings.yaml"
@@ -116,8 +118,8 @@ def average_on_processes(recipe: Recipe) -> None:
     _decoding(recipe, "average", *words, "--last", *map(str, config.last))
 
 
-def decode_on_processes(recipe: Recipe, name: str, search: str, emission_plots: int) -> None:
-    """Decodes a test set with one search, each process its share.
+def decode_on_processes(recipe: Recipe, name: str, out: Path, decoding: DecodingConfig, emission_plots: int) -> None:
+    """Decodes a test set with one search into a folder, each process its share.
 
     Raises:
         UserError: the processes failed; what they printed says why.
@@ -125,11 +127,11 @@ def decode_on_processes(recipe: Recipe, name: str, search: str, emission_plots: 
     files = {
         "--checkpoint": recipe.path("train/average.pt"),
         "--cuts": recipe.path(f"data/features/cuts_{name}.jsonl.gz"),
-        "--out-dir": recipe.path(f"decode/{search}"),
+        "--out-dir": out,
     }
     words = [word for option, path in files.items() for word in (option, str(path))]
-    words += ["--device", recipe.device, "--search", search, "--emissions", str(emission_plots)]
-    settings = dataclasses.asdict(recipe.experiment.decoding) | {"search": search}
+    words += ["--device", recipe.device, "--emissions", str(emission_plots)]
+    settings = dataclasses.asdict(decoding)
     _decoding(recipe, "decode", *words, *(f"--set=decoding.{name}={value}" for name, value in settings.items()))
 
 

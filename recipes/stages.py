@@ -7,7 +7,7 @@ Layout of an experiment folder::
     tokenizer/tokenizer.json  tokenizer/tokens.txt                                               tokenizer
     train/checkpoints/  train/best.pt  train/metrics.jsonl  train/report.html                    train
     train/average.pt                                                                             average
-    decode/<search>/{recogs,errs,wer-summary}-<test set>.txt                                     decode
+    decode/<search>[-<chunk>]/{recogs,errs,wer-summary}-<test set>.txt  decode/wer-by-chunk.txt  decode
     export/<target>-<chunk>/                                                                     export
     verify/<target>-<chunk>/verify.{json,html}                                                   verify
 
@@ -22,9 +22,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from asr.cli.guard import stopped_by_sigterm
 from asr.config import Experiment, load_experiment, to_dict
@@ -38,8 +39,9 @@ from asr.models.context import Milliseconds
 from asr.training.launch import Nodes, check_processes
 from recipes.corpora import CORPORA, Corpus
 from recipes.corpora.base import CorpusOptions
+from recipes.decoding import chosen_chunks, print_decoded, result_files, run_decode
 from recipes.engine import DONE_DIR, Pipeline, Stage, StageStopped, write_atomic
-from recipes.launch import average_on_processes, decode_on_processes, train_on_processes
+from recipes.launch import average_on_processes, train_on_processes
 
 if TYPE_CHECKING:
     from lhotse import CutSet
@@ -47,8 +49,6 @@ if TYPE_CHECKING:
     from asr.checkpoint import Loaded
 
 CORPUS_FILE = "data/corpus.json"
-EMISSION_PLOTS = 3
-"""Worst test utterances whose emission posteriors are drawn."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Recipe:
     command: str
     num_processes: int = 1
     nodes: Nodes = Nodes()
+    chunks: Sequence[Milliseconds] = ("full",)
 
     def path(self, name: str) -> Path:
         """A path of the experiment folder."""
@@ -200,39 +201,6 @@ def run_average(recipe: Recipe) -> None:
     average(recipe.path("train"), cuts, recipe.experiment.average, device=recipe.device)
 
 
-def searches(experiment: Experiment) -> list[str]:
-    """Greedy search, and the chosen one if that is another: both results are reported, the chosen one last."""
-    return list(dict.fromkeys(["greedy", experiment.decoding.search]))
-
-
-def run_decode(recipe: Recipe) -> None:
-    """Decodes the test sets and renews the report with the results."""
-    from asr.decoding.decode import decode_and_score
-    from asr.decoding.emission import worst_cuts, write_emissions
-    from asr.decoding.load import load_for_decoding
-    from asr.training.report import write_report
-
-    if recipe.num_processes > 1:
-        for name in recipe.options.tests:
-            for search in searches(recipe.experiment):
-                decode_on_processes(recipe, name, search, EMISSION_PLOTS)
-        write_report(recipe.path("train"))
-        return
-    loaded = load_for_decoding(recipe.path("train/average.pt"), recipe.device)
-    for name in recipe.options.tests:
-        cuts = recipe.cuts(name, features=True)
-        for search in searches(recipe.experiment):
-            settings: dict[str, Any] = {"search": search}
-            decoding = dataclasses.replace(recipe.experiment.decoding, **settings)
-            config = dataclasses.replace(loaded.config, decoding=decoding)
-            out = recipe.path(f"decode/{search}")
-            report = decode_and_score(loaded.model, loaded.tokenizer, cuts, config, recipe.device, out, name)
-            worst = worst_cuts(cuts, report.results, EMISSION_PLOTS)
-            write_emissions(out, name, loaded.model, loaded.tokenizer, worst, config, recipe.device)
-            print(f"  {name}, {search}: {report.speed_line}; {report.score.interval_line}", flush=True)
-    write_report(recipe.path("train"))
-
-
 def export_names(config: ExportConfig) -> dict[str, tuple[str, Milliseconds]]:
     """Folder name of each export: its target and chunk."""
     return {
@@ -299,28 +267,16 @@ def run_verify(recipe: Recipe) -> None:
 
 
 def print_result(recipe: Recipe) -> None:
-    """Where the results are; the last line is that of the chosen search on the first test set."""
+    """Where the results are; the last line is the result, see ``print_decoded``."""
     for name in export_names(recipe.experiment.export):
         if (proof := recipe.path(f"verify/{name}/verify.html")).is_file():
             print(f"export: {recipe.path(f'export/{name}')}, proof: {proof}")
     print(f"report: {recipe.path('train/report.html')}")
     print(f"checkpoint: {recipe.path('train/average.pt')}")
-    tests, last = recipe.options.tests, recipe.experiment.decoding.search
-    for search in searches(recipe.experiment):
-        folder = recipe.path(f"decode/{search}")
-        for name in tests:
-            print(f"transcripts ({search}): {folder / f'recogs-{name}.txt'}, errors: {folder / f'errs-{name}.txt'}")
-        for picture in sorted(folder.glob("*.png")):
-            print(f"plot: {picture}")
-    line = "cer_line" if recipe.options.scores_characters else "line"
-    results = [(search, name) for search in searches(recipe.experiment) for name in reversed(tests)]
-    for search, name in results:
-        said = json.loads(recipe.path(f"decode/{search}/score-{name}.json").read_text(encoding="utf-8"))[line]
-        labels = [*([search] if search != last else []), *([name] if name != tests[0] else [])]
-        print(": ".join([*labels, said]), flush=True)
+    print_decoded(recipe)
 
 
-def stages(experiment: Experiment, options: CorpusOptions) -> list[Stage]:
+def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Milliseconds]) -> list[Stage]:
     """The stages in their order, with what each reads, writes, and depends on."""
     cuts = tuple(f"data/cuts_{split}.jsonl.gz" for split in options.splits)
     manifests = tuple(f"data/features/cuts_{split}.jsonl.gz" for split in options.splits)
@@ -328,12 +284,7 @@ def stages(experiment: Experiment, options: CorpusOptions) -> list[Stage]:
     stored = experiment.data.features.storage == "stored"
     feature_files = tuple(f"data/features/{split}" for split in options.splits) if stored else ()
     trained = ("train/checkpoints", "train/best.pt", "train/metrics.jsonl", "train/config.yaml")
-    results = tuple(
-        f"decode/{search}/{part}"
-        for search in searches(experiment)
-        for name in options.tests
-        for part in (f"recogs-{name}.txt", f"errs-{name}.txt", f"wer-summary-{name}.txt", f"score-{name}.json")
-    )
+    results = tuple(result_files(experiment, options, chunks))
     exports = export_names(experiment.export)
     checks = ("experiment.data.strict", "experiment.data.max_bad_fraction")
     tokens = ("tokenizer/tokenizer.json",)
@@ -381,7 +332,13 @@ def stages(experiment: Experiment, options: CorpusOptions) -> list[Stage]:
             ("train/average.pt",),
             ("experiment.average",),
         ),
-        Stage("decode", run_decode, ("train/average.pt", *manifests[2:]), results, ("experiment.decoding",)),
+        Stage(
+            "decode",
+            run_decode,
+            ("train/average.pt", *manifests[2:]),
+            results,
+            ("experiment.decoding", "!experiment.decoding.chunk_ms", "decode_chunks"),
+        ),
         Stage(
             "export",
             run_export,
@@ -418,6 +375,7 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
     if args.strict:
         overrides.append("data.strict=true")
     experiment = load_experiment([*([config] if config else []), *args.config], overrides)
+    chunks = chosen_chunks(args.decode_chunks, experiment, options)
     nodes = Nodes(args.nodes, args.node_rank, args.master)
     experiment.parallel.check(args.nproc * nodes.count, experiment.memory.offload)
     device = resolve_device(args.device)
@@ -442,6 +400,7 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
         command=command,
         num_processes=args.nproc,
         nodes=nodes,
+        chunks=chunks,
     )
     settings = {
         "experiment": to_dict(experiment),
@@ -452,8 +411,9 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
             "dir": str(corpus_dir.absolute()) if corpus_dir else None,
         },
         "data_seed": args.data_seed,
+        "decode_chunks": chunks,
     }
-    return recipe, Pipeline(stages(experiment, options), args.exp_dir, settings, command)
+    return recipe, Pipeline(stages(experiment, options, chunks), args.exp_dir, settings, command)
 
 
 def _owner(exp_dir: Path) -> str | None:

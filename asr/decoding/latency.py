@@ -22,7 +22,7 @@ from asr.decoding.score import ErrorCounts, align, count_errors, total, words_of
 from asr.decoding.search import DecodingConfig
 from asr.decoding.token_delays import Delays, Reference, Spread, align_references, token_delays
 from asr.errors import UserError
-from asr.models.context import Milliseconds, check_chunk, check_left_context
+from asr.models.context import Milliseconds, check_left_context, chunk_list
 
 if TYPE_CHECKING:  # asr.config imports asr.decoding
     from asr.config import Experiment
@@ -78,19 +78,7 @@ def parse_chunks(text: str) -> list[Milliseconds]:
     Raises:
         UserError: an entry is no multiple of 40 ms.
     """
-    found: set[Milliseconds] = set()
-    for word in text.split(","):
-        chunk: Milliseconds = "full" if word.strip() == "full" else _milliseconds("--chunks", word)
-        check_chunk("--chunks", chunk)
-        found.add(chunk)
-    return sorted(found, key=lambda chunk: float("inf") if chunk == "full" else chunk)
-
-
-def _milliseconds(name: str, word: str) -> int:
-    try:
-        return int(word)
-    except ValueError:
-        raise UserError(f"{name}: {word.strip()!r} is no number of milliseconds; pass such as 160,320,full") from None
+    return sorted(chunk_list("--chunks", text), key=lambda chunk: float("inf") if chunk == "full" else chunk)
 
 
 def measure_checkpoints(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,25 @@ def latency_table(report: LatencyReport) -> str:
             first = _times(one.first_partial.mean, one.first_partial.median, one.first_partial.p90)
             cells = [run.label.replace("|", "\\|"), str(one.chunk_ms), str(one.words), str(one.emission.count)]
             rows.append([*cells, emission, perceived, first, f"{one.compute_ms:.1f}"])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    return aligned_table(rows, LEFT)
+
+
+def aligned_table(rows: Sequence[Sequence[str]], left: Sequence[str]) -> str:
+    """A Markdown table whose columns stand below each other; without a line end at its end.
+
+    Args:
+        rows: of equal length; the first holds the names of the columns.
+        left: columns that begin at the left; the others end at the right.
+    """
+    names = rows[0]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
     rules = [
-        "-" * width if name in LEFT else "-" * (width - 1) + ":" for name, width in zip(COLUMNS, widths, strict=True)
+        "-" * width if name in left else "-" * (width - 1) + ":" for name, width in zip(names, widths, strict=True)
     ]
-    rows.insert(1, rules)
     lines = []
-    for row in rows:
-        columns = zip(COLUMNS, row, widths, strict=True)
-        cells = [cell.ljust(width) if name in LEFT else cell.rjust(width) for name, cell, width in columns]
+    for row in (names, rules, *rows[1:]):
+        columns = zip(names, row, widths, strict=True)
+        cells = [cell.ljust(width) if name in left else cell.rjust(width) for name, cell, width in columns]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

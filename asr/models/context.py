@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from asr.errors import UserError
+
 ENCODER_FRAME_MS = 40
 
 Milliseconds = Literal["full"] | int
@@ -34,3 +36,23 @@ def check_left_context(name: str, value: Milliseconds) -> None:
     """Raises ValueError for a left context that is no whole number of encoder frames."""
     if value != "full" and (value < 0 or value % ENCODER_FRAME_MS):
         raise ValueError(f"{name}={value} must be a multiple of {ENCODER_FRAME_MS} ms, or full")
+
+
+def chunk_list(name: str, text: str) -> list[Milliseconds]:
+    """``full,640,320`` as chunks in ms, each once, in their order.
+
+    Args:
+        name: of the option, for errors.
+        text: with commas between.
+
+    Raises:
+        UserError, ValueError: an entry is neither full nor a multiple of 40 ms.
+    """
+    found: dict[Milliseconds, None] = {}
+    for word in map(str.strip, text.split(",")):
+        if word != "full" and not word.lstrip("+-").isdigit():
+            raise UserError(f"{name}: {word!r} is no number of milliseconds; pass such as 160,320,full")
+        chunk: Milliseconds = "full" if word == "full" else int(word)
+        check_chunk(name, chunk)
+        found[chunk] = None
+    return list(found)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asr.errors import UserError
+from asr.models.context import Milliseconds
 from recipes.corpora.base import CorpusOptions, CorpusWriter, Prepared
 from recipes.corpora.download import lhotse_download, places_of
 from recipes.corpora.in_place import Row, add_rows
@@ -30,6 +31,10 @@ class Options(CorpusOptions):
     @property
     def scores_characters(self) -> bool:
         return True
+
+    @property
+    def decode_chunks(self) -> tuple[Milliseconds, ...]:
+        return ("full", 640, 320)
 
 
 def download(dest: Path, options: Options) -> Path:

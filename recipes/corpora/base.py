@@ -22,6 +22,7 @@ import numpy as np
 
 from asr.data.audio import SAMPLE_RATE_HZ
 from asr.data.bad_rows import BadRow, write_bad_rows
+from asr.models.context import Milliseconds
 from recipes.corpora.audio import pcm_digest, to_pcm16, write_wav
 
 if TYPE_CHECKING:  # lhotse imports torch: listing corpora and their options must not wait for it
@@ -48,6 +49,11 @@ class CorpusOptions:
     def scores_characters(self) -> bool:
         """Whether results are character error rates, for texts without spaces."""
         return False
+
+    @property
+    def decode_chunks(self) -> tuple[Milliseconds, ...]:
+        """What the test sets are decoded in besides decoding.chunk_ms, if training heard chunks."""
+        return ()
 
     @property
     def splits(self) -> tuple[str, ...]:

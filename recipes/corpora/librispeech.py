@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from asr.errors import UserError
+from asr.models.context import Milliseconds
 from recipes.corpora.base import CorpusOptions, CorpusWriter, Prepared
 from recipes.corpora.download import lhotse_download, places_of
 from recipes.corpora.in_place import Row, add_rows
@@ -63,6 +64,10 @@ class Options(CorpusOptions):
     @property
     def tests(self) -> tuple[str, ...]:
         return self.parts.tests
+
+    @property
+    def decode_chunks(self) -> tuple[Milliseconds, ...]:
+        return ("full", 640, 320)
 
     @property
     def archives(self) -> tuple[str, ...]:

@@ -48,6 +48,9 @@ def _pipeline(exp_dir: Path, *words: str, corpus: str = "yesno") -> Pipeline:
         (["--set", "loss.fastemit_lambda=0.01"], STAGES[4:]),
         (["--set", "average.ema=false"], ["average", "decode", "export", "verify"]),
         (["--set", "decoding.beam=9"], ["decode"]),
+        (["--set", "decoding.chunk_ms=320"], ["decode"]),
+        (["--decode-chunks", "full,320"], ["decode"]),
+        (["--decode-chunks", "full"], []),
         # speed and place, but not results
         (["--set", "data.num_workers=0"], []),
         (["--set", "data.features.num_jobs=7"], []),
@@ -105,9 +108,33 @@ def test_two_searches_are_two_results(tmp_path: Path) -> None:
 
 def test_several_test_sets_are_several_results(tmp_path: Path) -> None:
     pipeline = _pipeline(tmp_path, "--subset", "960h", corpus="librispeech")
-    scores = [name for name in pipeline.stages[6].outputs if "score" in name]
-    assert scores == ["decode/greedy/score-test-clean.json", "decode/greedy/score-test-other.json"]
+    outputs = pipeline.stages[6].outputs
+    folders = ("greedy", "greedy-chunk-640-left-5120", "greedy-chunk-320-left-5120")
+    scores = [f"decode/{folder}/score-{name}.json" for folder in folders for name in ("test-clean", "test-other")]
+    assert [name for name in outputs if "score" in name] == scores
+    assert outputs[-1] == "decode/wer-by-chunk.txt"
     assert {"data/cuts_test-clean.jsonl.gz", "data/cuts_test-other.jsonl.gz"} <= set(pipeline.stages[1].outputs)
+
+
+def test_chunks_are_those_that_are_asked_for_or_that_training_heard(tmp_path: Path) -> None:
+    def folders(*words: str, corpus: str = "librispeech") -> list[str]:
+        outputs = _pipeline(tmp_path, *words, corpus=corpus).stages[6].outputs
+        return list(dict.fromkeys(path.split("/")[1] for path in outputs))
+
+    ours = ["greedy", "greedy-chunk-640-left-5120", "greedy-chunk-320-left-5120", "wer-by-chunk.txt"]
+    assert folders() == folders(corpus="aishell") == ours
+    assert folders("--set", "training.chunk_ms=[full]") == folders(corpus="yesno") == ["greedy"]
+    # a list is taken as it is, whatever decoding.chunk_ms says, and only its own order counts
+    given = ["--decode-chunks", "160, 320,160", "--set", "decoding.left_context_ms=2560"]
+    assert folders(*given) == ["greedy-chunk-160-left-2560", "greedy-chunk-320-left-2560", "wer-by-chunk.txt"]
+    before, after = (_pipeline(tmp_path, *given, "--set", f"decoding.chunk_ms={ms}") for ms in (640, 1280))
+    assert before.hashes == after.hashes
+    # by default decoding.chunk_ms comes first
+    assert folders("--set", "decoding.chunk_ms=160")[:2] == ["greedy-chunk-160-left-5120", "greedy"]
+    with pytest.raises(UserError, match="--decode-chunks: 'fast' is no number"):
+        folders("--decode-chunks", "full,fast")
+    with pytest.raises(ValueError, match="--decode-chunks=50 must be a multiple of 40"):
+        folders("--decode-chunks", "50")
 
 
 def test_another_subset_is_downloaded(tmp_path: Path) -> None:
@@ -224,6 +251,22 @@ def test_a_recipe_runs_stops_goes_on_and_is_not_repeated(tiny: Tiny, monkeypatch
     lines = tiny.run("--set", "decoding.search=modified_beam_search")
     assert _ran(lines) == ["decode"]
     assert lines[-2].startswith("greedy: %WER ") and lines[-1].startswith("%WER ")
+
+    # several chunks: decoding only, a folder for each, and a table of their results
+    lines = tiny.run("--decode-chunks", "full,320")
+    assert _ran(lines) == ["decode"]
+    table = (tiny.exp / "decode" / "wer-by-chunk.txt").read_text().splitlines()
+    assert [row.split("|")[1:3] for row in table[2:]] == [[" greedy ", "      full "], [" greedy ", "       320 "]]
+    rates = []
+    for folder in ("greedy", "greedy-chunk-320-left-5120"):
+        score = json.loads((tiny.exp / "decode" / folder / "score-test.json").read_text())
+        assert score["setting"].endswith(folder.removeprefix("greedy"))
+        rates.append(f"{100 * score['words']['rate']:.2f}")
+    assert [row.split("|")[3].strip() for row in table] == ["test, %WER", "-" * 9 + ":", *rates]
+    assert lines[-1] == json.loads((tiny.exp / "decode" / "greedy" / "score-test.json").read_text())["line"]
+    assert lines[-5:-1] == table
+    assert _ran(tiny.run("--decode-chunks", "full")) == ["decode"]
+    assert not (tiny.exp / "decode" / "wer-by-chunk.txt").exists()
 
     # another seed: the same test list, and the first training is kept
     weights = tiny.digest("train/average.pt")

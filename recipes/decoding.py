@@ -87,7 +87,7 @@ def run_decode(recipe: Recipe) -> None:
             config = dataclasses.replace(loaded.config, decoding=decoding)
             report = decode_and_score(loaded.model, loaded.tokenizer, cuts, config, recipe.device, out, name)
             if plots:
-                worst = worst_cuts(cuts, report.results, plots)
+                worst = worst_cuts(cuts, report.results, plots, config.training.errors_in)
                 write_emissions(out, name, loaded.model, loaded.tokenizer, worst, config, recipe.device)
             print(f"  {name}, {folder}: {report.speed_line}; {report.score.interval_line}", flush=True)
     if len(recipe.chunks) > 1:
@@ -102,9 +102,10 @@ def run_decode(recipe: Recipe) -> None:
 def chunk_table(recipe: Recipe) -> str:
     """Error rates in percent by search, chunk and test set, in Markdown; without a line end at its end."""
     from asr.decoding.latency_report import aligned_table
+    from asr.decoding.score import rate_name
 
-    kind, counted = ("CER", "characters") if recipe.options.scores_characters else ("WER", "words")
-    rows = [["search", "chunk, ms", *(f"{name}, %{kind}" for name in recipe.options.tests)]]
+    counted = recipe.experiment.training.errors_in
+    rows = [["search", "chunk, ms", *(f"{name}, %{rate_name(counted)}" for name in recipe.options.tests)]]
     for folder, decoding in decodings(recipe.experiment, recipe.chunks).items():
         rates = [read_score(recipe, folder, name)[counted]["rate"] for name in recipe.options.tests]
         cells = ["inf" if rate is None else f"{100 * rate:.2f}" for rate in rates]
@@ -132,12 +133,11 @@ def print_decoded(recipe: Recipe) -> None:
     if len(recipe.chunks) > 1:
         print(f"by chunk: {recipe.path(TABLE)}")
         print(chunk_table(recipe))
-    line = "cer_line" if recipe.options.scores_characters else "line"
     for folder, decoding in wanted.items():
         if decoding.chunk_ms != recipe.chunks[0]:
             continue
         for name in reversed(tests):
-            said = read_score(recipe, folder, name)[line]
+            said = read_score(recipe, folder, name)["line"]
             search = decoding.search
             labels = [*([search] if search != last else []), *([name] if name != tests[0] else [])]
             print(": ".join([*labels, said]), flush=True)

@@ -58,14 +58,13 @@ def run(args: argparse.Namespace) -> int:
     if not ranks.first:
         return 0
     if args.emissions > 0:
-        chosen = worst_cuts(cuts, report.results, args.emissions)
+        chosen = worst_cuts(cuts, report.results, args.emissions, config.training.errors_in)
         write_emissions(out_dir, name, loaded.model, loaded.tokenizer, chosen, config, device)
     heard = f"{search}, {args.streams} streams" if args.streams else search
     print(f"{heard}: {report.speed_line}")
     print(f"results in {out_dir}")
-    print(report.score.cer_line)
-    print(report.score.interval_line)
-    print(report.score.wer_line)
+    for line in reversed(report.score.lines):
+        print(line)
     return 0
 
 

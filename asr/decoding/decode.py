@@ -135,6 +135,8 @@ def decode_and_score(
 ) -> DecodeReport:
     """Decode, score, and write the result files of ``asr.decoding.results`` into ``out_dir`` (None: write nothing).
 
+    What errors are counted in is ``config.training.errors_in``.
+
     Of several processes all call this, and the first scores and writes: on the others the report is empty. ``decode``
     is called with the arguments of ``decode_cuts``.
 
@@ -151,9 +153,11 @@ def decode_and_score(
         return DecodeReport([], score([]), seconds)
     if not results:
         raise UserError(f"there are no utterances in the {name} set; nothing to decode")
+    errors_in = config.training.errors_in
     if out_dir is None:
-        return DecodeReport(results, score(results), seconds)
-    return DecodeReport(results, write_results(out_dir, name, setting_name(config.decoding), results), seconds)
+        return DecodeReport(results, score(results, errors_in=errors_in), seconds)
+    found = write_results(out_dir, name, setting_name(config.decoding), results, errors_in=errors_in)
+    return DecodeReport(results, found, seconds)
 
 
 def setting_name(config: DecodingConfig) -> str:

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from asr.data.loader import eval_loader
 from asr.data.tokenizer import Tokenizer, UnknownToken
 from asr.decoding.decode import Decoded, evaluation_mode
-from asr.decoding.score import worst_utterances
+from asr.decoding.fonts import drawable, families
+from asr.decoding.score import ErrorUnit, worst_utterances
 from asr.decoding.search import BLANK
 from asr.models.context import ENCODER_FRAME_MS, Context
 from losses import occupancy
@@ -141,22 +142,23 @@ def emission_figure(posteriors: EmissionPosteriors) -> Figure:
     upper.set_ylabel("probability on arrival")
     upper.legend(loc="center right", fontsize="small")
     colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    # parse_math: a dollar sign in a token must not start mathematical text.
+    plain = {"parse_math": False, "fontfamily": families()}
     for u, symbol in enumerate(posteriors.symbols):
         colour = colours[u % len(colours)]
         values = posteriors.label_posterior[:, u]
         peak = int(values.argmax())
         lower.plot(times, values, color=colour)
         lower.fill_between(times, values, color=colour, alpha=0.2)
-        # parse_math: a dollar sign in a token must not start mathematical text.
-        style = {"ha": "center", "va": "bottom", "color": colour, "fontsize": "small", "parse_math": False}
-        lower.annotate(symbol, (times[peak], values[peak]), **style)
+        style = {"ha": "center", "va": "bottom", "color": colour, "fontsize": "small"} | plain
+        lower.annotate(drawable(symbol), (times[peak], values[peak]), **style)
     lower.set_ylabel("emission posterior")
     lower.set_xlabel("seconds")
     for axes in (upper, lower):
         axes.set_ylim(-0.02, 1.12)
         axes.grid(alpha=0.3)
     title = f"{posteriors.cut_id}: {posteriors.text}" if posteriors.cut_id else posteriors.text
-    upper.set_title(title[:120], fontsize="small", loc="left", parse_math=False)
+    upper.set_title(drawable(title[:120])[:120], fontsize="small", loc="left", **plain)
     return figure
 
 
@@ -180,9 +182,11 @@ def emissions_to_dict(utterances: Iterable[EmissionPosteriors]) -> dict[str, Any
     return {"utterances": found}
 
 
-def worst_cuts(cuts: Iterable[MonoCut], results: Sequence[Decoded], count: int) -> list[MonoCut]:
+def worst_cuts(
+    cuts: Iterable[MonoCut], results: Sequence[Decoded], count: int, errors_in: ErrorUnit = "words"
+) -> list[MonoCut]:
     """The cuts of the ``count`` worst utterances; where fewer have errors, the first ones by id follow."""
-    worst = [utterance.cut_id for utterance in worst_utterances(results, count)]
+    worst = [utterance.cut_id for utterance in worst_utterances(results, count, errors_in)]
     chosen = list(dict.fromkeys(worst + sorted(result.cut_id for result in results)))[:count]
     by_id = {cut.id: cut for cut in cuts if cut.id in set(chosen)}
     return [by_id[cut_id] for cut_id in chosen]

@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from asr.decoding.fonts import drawable, families
 from asr.decoding.latency import ChunkLatency, LatencyReport
 from asr.decoding.token_delays import Spread
 
@@ -140,9 +141,11 @@ def latency_figure(report: LatencyReport) -> Figure:
         panels[1].xaxis.set_minor_formatter(NullFormatter())
     panels[0].set_ylabel("WER, %")
     # parse_math: a dollar sign in a label must not start mathematical text
-    legend = panels[1].legend(panels[1].get_lines(), [run.label for run in report.runs], fontsize="small")
+    labels = [drawable(run.label) for run in report.runs]
+    legend = panels[1].legend(panels[1].get_lines(), labels, fontsize="small")
     for text in legend.get_texts():
         text.set_parse_math(False)
+        text.set_fontfamily(families())
     return figure
 
 

@@ -13,12 +13,32 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
-from asr.decoding.score import NO_WORD, ErrorCounts, Score, Transcribed, align, count_errors, score, total, words_of
+from asr.decoding.score import (
+    NO_WORD,
+    ErrorCounts,
+    ErrorUnit,
+    Score,
+    Transcribed,
+    align,
+    count_errors,
+    rate_name,
+    score,
+    total,
+    units_of,
+)
 
 MARK = "*"  # "no word" in the errs file
 
 
-def write_results(out_dir: Path, name: str, setting: str, results: Sequence[Transcribed], *, seed: int = 0) -> Score:
+def write_results(
+    out_dir: Path,
+    name: str,
+    setting: str,
+    results: Sequence[Transcribed],
+    *,
+    errors_in: ErrorUnit = "words",
+    seed: int = 0,
+) -> Score:
     """Score ``results``; write ``recogs-NAME.txt``, ``errs-NAME.txt``, ``wer-summary-NAME.txt``, ``score-NAME.json``.
 
     Args:
@@ -26,17 +46,18 @@ def write_results(out_dir: Path, name: str, setting: str, results: Sequence[Tran
         name: of the test set.
         setting: what the summary names: the search and its parameters.
         results: in any order; the files are sorted by utterance id.
+        errors_in: what the summary leads with, and what stands as words in recogs and errs files.
         seed: of the bootstrap.
 
     Raises:
         OSError: when a file cannot be written.
     """
     ordered = sorted(results, key=lambda result: result.cut_id)
-    found = score(ordered, seed=seed)
+    found = score(ordered, errors_in=errors_in, seed=seed)
     out_dir.mkdir(parents=True, exist_ok=True)
-    store_transcripts(out_dir / f"recogs-{name}.txt", ordered)
+    store_transcripts(out_dir / f"recogs-{name}.txt", ordered, errors_in)
     with open(out_dir / f"errs-{name}.txt", "w", encoding="utf-8") as file:
-        write_error_stats(file, ordered)
+        write_error_stats(file, ordered, errors_in)
     write_summary(out_dir / f"wer-summary-{name}.txt", setting, found)
     description = json.dumps(score_to_dict(found, setting), indent=2)
     (out_dir / f"score-{name}.json").write_text(description + "\n", encoding="utf-8")
@@ -59,43 +80,48 @@ def score_to_dict(found: Score, setting: str) -> dict[str, Any]:
             "substitutions": errors.substitutions,
         }
 
-    interval = {"low": finite(found.interval.low), "high": finite(found.interval.high)}
+    bounds = {"low": finite(found.interval.low), "high": finite(found.interval.high)}
+    interval = bounds | {"replications": found.interval.replications}
     return {
         "setting": setting,
-        "line": found.wer_line,
+        "line": found.lines[0],
+        "errors_in": found.errors_in,
+        "wer_line": found.wer_line,
         "cer_line": found.cer_line,
         "words": counts(found.words),
         "characters": counts(found.chars),
-        "wer_95_percent_interval": interval | {"replications": found.interval.replications},
+        f"{rate_name(found.errors_in).lower()}_95_percent_interval": interval
+        | {"replications": found.interval.replications},
         "utterances": found.utterances,
         "wrong_utterances": found.wrong_utterances,
     }
 
 
-def store_transcripts(path: Path, results: Sequence[Transcribed]) -> None:
+def store_transcripts(path: Path, results: Sequence[Transcribed], errors_in: ErrorUnit = "words") -> None:
     """Two lines an utterance: ``ID:<tab>ref=['A', 'B']`` and ``ID:<tab>hyp=['A', 'B']``."""
     with open(path, "w", encoding="utf-8") as file:
         for result in results:
-            file.write(f"{result.cut_id}:\tref={words_of(result.ref)}\n")
-            file.write(f"{result.cut_id}:\thyp={words_of(result.hyp)}\n")
+            file.write(f"{result.cut_id}:\tref={units_of(result.ref, errors_in)}\n")
+            file.write(f"{result.cut_id}:\thyp={units_of(result.hyp, errors_in)}\n")
 
 
 def write_summary(path: Path, setting: str, found: Score) -> None:
-    """icefall's table (``settings<tab>WER`` in percent), then lines with counts, confidence interval and CER."""
-    table = f"settings\tWER\n{setting}\t{float(f'{100 * found.words.rate:.2f}')}\n"
-    lines = f"{found.wer_line}\n{found.interval_line}\n{found.cer_line}\n"
-    path.write_text(f"{table}\n{lines}", encoding="utf-8")
+    """icefall's table (``settings<tab>WER``, or CER, in percent), then lines with counts, confidence interval and the
+    other rate."""
+    rate = float(f"{100 * found.counts.rate:.2f}")
+    table = f"settings\t{rate_name(found.errors_in)}\n{setting}\t{rate}\n"
+    path.write_text("\n".join([table, *found.lines, ""]), encoding="utf-8")
 
 
-def write_error_stats(file: TextIO, results: Sequence[Transcribed]) -> None:
-    """Totals, each utterance with its errors marked, and errors counted by word."""
-    alignments = [(r.cut_id, align(words_of(r.ref), words_of(r.hyp))) for r in results]
+def write_error_stats(file: TextIO, results: Sequence[Transcribed], errors_in: ErrorUnit = "words") -> None:
+    """Totals, each utterance with its errors marked, and errors counted by word (or character)."""
+    alignments = [(r.cut_id, align(units_of(r.ref, errors_in), units_of(r.hyp, errors_in))) for r in results]
     counts = total(count_errors(pairs) for _, pairs in alignments)
     correct = sum(ref == hyp for _, pairs in alignments for ref, hyp in pairs)
     lines = [
-        f"%WER = {100 * counts.rate:.2f}",
+        f"%{rate_name(errors_in)} = {100 * counts.rate:.2f}",
         f"Errors: {counts.insertions} insertions, {counts.deletions} deletions, {counts.substitutions} substitutions,"
-        f" over {counts.ref_length} reference words ({correct} correct)",
+        f" over {counts.ref_length} reference {errors_in} ({correct} correct)",
         "Search below for sections starting with PER-UTT DETAILS:, SUBSTITUTIONS:, DELETIONS:, INSERTIONS:,"
         " PER-WORD STATS:",
         "",

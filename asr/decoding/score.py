@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import kaldialign
 import numpy as np
 
 # Stands for "no word" in alignments. Words come from splitting at whitespace, so none of them can be equal to it.
 NO_WORD = " "
+
+ErrorUnit = Literal["words", "characters"]
+"""What errors are counted in: as ``training.errors_in``, characters for texts without spaces."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,20 @@ class Interval:
 
 @dataclass(frozen=True)
 class Score:
-    """What scoring found."""
+    """What scoring found. ``errors_in`` says which of the two rates is the result; ``interval`` (95% confidence) is its
+    own."""
 
     words: ErrorCounts
     chars: ErrorCounts
-    interval: Interval  # 95% confidence, of the word error rate
+    interval: Interval
     utterances: int
     wrong_utterances: int
+    errors_in: ErrorUnit = "words"
+
+    @property
+    def counts(self) -> ErrorCounts:
+        """Those of the result."""
+        return self.chars if self.errors_in == "characters" else self.words
 
     @property
     def wer_line(self) -> str:
@@ -77,15 +88,24 @@ class Score:
         return f"%CER {self.chars}"
 
     @property
+    def lines(self) -> tuple[str, str, str]:
+        """The result, its interval, and the other rate."""
+        first, other = self.wer_line, self.cer_line
+        if self.errors_in == "characters":
+            first, other = other, first
+        return first, self.interval_line, other
+
+    @property
     def interval_line(self) -> str:
         bounds = f"[{self.interval.low:.2%}, {self.interval.high:.2%}]"
         drawn = f"{self.interval.replications} bootstrap replications over {self.utterances} utterances"
-        return f"95% confidence interval of the WER {bounds} ({drawn})"
+        return f"95% confidence interval of the {rate_name(self.errors_in)} {bounds} ({drawn})"
 
 
 @dataclass(frozen=True)
 class WorstUtterance:
-    """An utterance with errors. ``pairs`` aligns (reference, hypothesis); "" stands where one has no word.
+    """An utterance with errors. ``pairs`` aligns (reference, hypothesis); "" stands where one has no word. Words may be
+    characters.
 
     ``ref_line`` and ``hyp_line`` show the same in two lines of a fixed-width font: word under word, ``*`` for no word.
     """
@@ -104,6 +124,16 @@ def words_of(text: str) -> list[str]:
 
 def chars_of(text: str) -> list[str]:
     return list("".join(text.split()))
+
+
+def units_of(text: str, errors_in: ErrorUnit) -> list[str]:
+    """What is compared: words, or characters."""
+    return chars_of(text) if errors_in == "characters" else words_of(text)
+
+
+def rate_name(errors_in: str) -> str:
+    """WER or CER."""
+    return "CER" if errors_in == "characters" else "WER"
 
 
 def align(ref: Sequence[str], hyp: Sequence[str]) -> list[tuple[str, str]]:
@@ -138,20 +168,24 @@ def word_errors(refs: Iterable[str], hyps: Iterable[str]) -> ErrorCounts:
     return total(count_errors(align(words_of(ref), words_of(hyp))) for ref, hyp in zip(refs, hyps, strict=True))
 
 
-def score(results: Sequence[Transcribed], *, replications: int = 10_000, seed: int = 0) -> Score:
+def score(
+    results: Sequence[Transcribed], *, errors_in: ErrorUnit = "words", replications: int = 10_000, seed: int = 0
+) -> Score:
     """Score a test set.
 
     Args:
         results: one per utterance; empty references, empty hypotheses and an empty list are allowed.
+        errors_in: what the result counts, and with it the confidence interval and the wrong utterances.
         replications: bootstrap samples for the confidence interval, at least 1.
         seed: of the bootstrap.
     """
     words = [count_errors(align(words_of(r.ref), words_of(r.hyp))) for r in results]
     chars = [count_errors(align(chars_of(r.ref), chars_of(r.hyp))) for r in results]
-    errors = np.array([c.errors for c in words], dtype=np.int64)
-    lengths = np.array([c.ref_length for c in words], dtype=np.int64)
+    counted = chars if errors_in == "characters" else words
+    errors = np.array([c.errors for c in counted], dtype=np.int64)
+    lengths = np.array([c.ref_length for c in counted], dtype=np.int64)
     interval = bootstrap_interval(errors, lengths, replications=replications, seed=seed)
-    return Score(total(words), total(chars), interval, len(results), int((errors > 0).sum()))
+    return Score(total(words), total(chars), interval, len(results), int((errors > 0).sum()), errors_in)
 
 
 def bootstrap_interval(
@@ -193,11 +227,13 @@ def bootstrap_interval(
     return Interval(float(low), float(high), replications)
 
 
-def worst_utterances(results: Sequence[Transcribed], count: int = 10) -> list[WorstUtterance]:
+def worst_utterances(
+    results: Sequence[Transcribed], count: int = 10, errors_in: ErrorUnit = "words"
+) -> list[WorstUtterance]:
     """The utterances with errors, worst first: by number of errors, then error rate, then id; at most ``count``."""
     found = []
     for result in results:
-        pairs = align(words_of(result.ref), words_of(result.hyp))
+        pairs = align(units_of(result.ref, errors_in), units_of(result.hyp, errors_in))
         counts = count_errors(pairs)
         if counts.errors:
             found.append((-counts.errors, -counts.rate, result.cut_id, pairs, counts))

@@ -58,6 +58,7 @@ class ReportContent:
     wers: list[WerLine]
     worst: list[WorstUtterance]
     worst_search: str
+    worst_in: str
     durations_s: list[float]
     emissions: list[dict[str, Any]]
     figures: list[tuple[Path, str]]
@@ -106,6 +107,7 @@ def _collect(train_dir: Path, extra: ReportExtra) -> ReportContent:
         wers=wers,
         worst=list(extra.worst)[:10] if extra.worst is not None else worst,
         worst_search=f"{shown.search} on {shown.test_set}" if shown and extra.worst is None else "",
+        worst_in=shown.errors_in if shown and extra.worst is None else "words",
         durations_s=list(extra.durations_s) if extra.durations_s is not None else read_durations(exp_dir),
         emissions=sections.read_emissions(exp_dir, shown.search if shown else ""),
         figures=[*extra.figures, *((path, _caption(path)) for path in _pictures(train_dir, decode_dir))],
@@ -130,12 +132,13 @@ def _render(content: ReportContent, points: int, picture_bytes: int) -> str:
     script = package.joinpath("report_script.js").read_text(encoding="utf-8")
     script_hash = "sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     template = string.Template(package.joinpath("report_template.html").read_text(encoding="utf-8"))
+    unit = sections.errors_in(content.config)
     parts = [
         ("results", "Results", sections.wer_table(content.wers)),
-        ("curves", "Training", sections.curves(content.metrics, content.durations_s, points)),
+        ("curves", "Training", sections.curves(content.metrics, content.durations_s, points, unit)),
         ("emissions", "Emission posteriors", sections.emission_charts(content.emissions, points)),
         ("figures", "Figures", _figures(content.figures, picture_bytes)),
-        ("worst", "Worst utterances", sections.worst_utterances(content.worst, content.worst_search)),
+        ("worst", "Worst utterances", sections.worst_utterances(content.worst, content.worst_search, content.worst_in)),
         ("bad", "Bad batches", sections.bad_batches(content.metrics)),
         ("run", "Run", sections.run(content.metrics, content.config_text, content.config)),
     ]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from asr.decoding.score import Transcribed, WorstUtterance, worst_utterances
+from asr.decoding.score import Transcribed, WorstUtterance, rate_name, worst_utterances
 
 
 @dataclass
@@ -39,7 +39,10 @@ class Metrics:
 
 @dataclass(frozen=True)
 class WerLine:
-    """Result of one search on one set. `wer` and `interval` (low, high) are fractions; NaN where there is no rate."""
+    """Result of one search on one set. `wer` and `interval` (low, high) are fractions; NaN where there is no rate.
+
+    With `errors_in` "characters" all are of characters.
+    """
 
     search: str
     test_set: str
@@ -52,6 +55,7 @@ class WerLine:
     deletions: int
     substitutions: int
     interval: tuple[float, float]
+    errors_in: str = "words"
 
 
 def number(value: Any) -> float:
@@ -154,7 +158,8 @@ def read_wer_lines(decode_dir: Path) -> list[WerLine]:
 
 def _wer_line(path: Path) -> WerLine:
     score = json.loads(path.read_text(encoding="utf-8"))
-    words, interval = score["words"], score["wer_95_percent_interval"]
+    errors_in = "characters" if score.get("errors_in") == "characters" else "words"
+    words, interval = score[errors_in], score[f"{rate_name(errors_in).lower()}_95_percent_interval"]
     return WerLine(
         search=path.parent.name,
         test_set=path.stem.removeprefix("score-"),
@@ -167,11 +172,12 @@ def _wer_line(path: Path) -> WerLine:
         deletions=int(words["deletions"]),
         substitutions=int(words["substitutions"]),
         interval=(number(interval["low"]), number(interval["high"])),
+        errors_in=errors_in,
     )
 
 
 def read_worst(decode_dir: Path, search: str, test_set: str, count: int = 10) -> list[WorstUtterance]:
-    """The utterances with most word errors in a recogs file of icefall's form, worst first."""
+    """The utterances with most errors in a recogs file of icefall's form, worst first; words may be characters."""
     path = decode_dir / search / f"recogs-{test_set}.txt"
     if not path.is_file():
         return []

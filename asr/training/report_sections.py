@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from asr.decoding.score import WorstUtterance
+from asr.decoding.score import WorstUtterance, rate_name
 from asr.training.report_charts import Chart, Series, histogram, line_chart, short, smooth, text
 from asr.training.report_data import Metrics, WerLine, number
 
@@ -27,6 +27,13 @@ def chosen(wers: Sequence[WerLine], config: dict[str, Any]) -> WerLine | None:
     decoding = config.get("decoding")
     name = decoding.get("search") if isinstance(decoding, dict) else None
     return next((w for w in wers if w.search == name), wers[0] if wers else None)
+
+
+def errors_in(config: dict[str, Any]) -> str:
+    """What validation counts: "words", or "characters"."""
+    training = config.get("training")
+    found = training.get("errors_in") if isinstance(training, dict) else None
+    return "characters" if found == "characters" else "words"
 
 
 def duration(seconds: float) -> str:
@@ -67,12 +74,15 @@ def tiles(metrics: Metrics, wers: list[WerLine], durations_s: Sequence[float], c
     out = []
     best = chosen(wers, config)
     if best:
-        out.append(_tile(f"WER on {best.test_set}", _percent(best.wer), f"{best.search}, {best.errors:,} of "
-                         f"{best.words:,} words; 95% CI {_interval(best)}", main=True))  # fmt: skip
+        counts = f"{best.errors:,} of {best.words:,} {best.errors_in}"
+        more = f"{best.search}, {counts}; 95% CI {_interval(best)}"
+        out.append(_tile(f"{rate_name(best.errors_in)} on {best.test_set}", _percent(best.wer), more, main=True))
     valid = [(number(r.get("wer")), r) for r in metrics.valid if math.isfinite(number(r.get("wer")))]
     if valid:
         wer, record = min(valid, key=lambda pair: pair[0])
-        out.append(_tile("Best validation WER", _percent(wer), f"at step {record['step']:,}"))
+        out.append(
+            _tile(f"Best validation {rate_name(errors_in(config))}", _percent(wer), f"at step {record['step']:,}")
+        )
     losses = [(number(r.get("loss")), r) for r in metrics.valid if math.isfinite(number(r.get("loss")))]
     if losses:
         loss, record = min(losses, key=lambda pair: pair[0])
@@ -127,10 +137,12 @@ def wer_table(wers: Sequence[WerLine]) -> str:
             f'<td class="big">{_percent(w.wer)}</td>{counts}<td>{_interval(w)}</td><td>{_range_bar(w, top)}</td></tr>'
         )
     lines = "\n".join(f"{w.search}, {w.test_set}: {w.line[:300]}" for w in wers[:50])
-    names = "<th>Errors</th><th>Words</th><th>Ins</th><th>Del</th><th>Sub</th><th>95% interval</th><th></th>"
+    units = {w.errors_in for w in wers[:50]}
+    rate, counted = (rate_name(*units), next(iter(units)).capitalize()) if len(units) == 1 else ("Rate", "Of")
+    names = f"<th>Errors</th><th>{counted}</th><th>Ins</th><th>Del</th><th>Sub</th><th>95% interval</th><th></th>"
     return (
-        '<div class="card scroll"><table><thead><tr><th class="t">Search</th><th class="t">Set</th><th>WER</th>'
-        f"{names}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        '<div class="card scroll"><table><thead><tr><th class="t">Search</th><th class="t">Set</th>'
+        f"<th>{rate}</th>{names}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         f'<pre class="gapless">{text(lines)}</pre>'
     )
 
@@ -146,14 +158,14 @@ def _range_bar(line: WerLine, top: float) -> str:
     )
 
 
-def curves(metrics: Metrics, durations_s: Sequence[float], points: int) -> str:
+def curves(metrics: Metrics, durations_s: Sequence[float], points: int, unit: str = "words") -> str:
     """Charts of the whole run, and the durations of what it trained on."""
     charts = [_loss_chart(metrics)]
     wers = [r for r in metrics.valid if r.get("wer") is not None]
     if wers:
         percent = [100 * v for v in _column(wers, "wer")]
         series = Series("validation", _column(wers, "step"), percent, 1, dots=len(wers) <= 60)
-        charts.append(Chart("Word error rate", [series], unit="%", zero=True))
+        charts.append(Chart(f"{unit.capitalize().removesuffix('s')} error rate", [series], unit="%", zero=True))
     charts.append(Chart("Learning rate", [_series(metrics.train, "lr", "learning rate", 2)], zero=True))
     norm = _series(metrics.train, "grad_norm", "gradient norm", 3)
     charts.append(Chart("Gradient norm", _with_smooth(norm), log_y=_wide_range(norm.y)))
@@ -261,7 +273,7 @@ def _emission(entry: dict[str, Any], i: int, shift_s: float) -> Series:
     return Series(symbol, [shift_s * k for k in span], [y[k] for k in span], (i - 1) % 5)
 
 
-def worst_utterances(worst: Sequence[WorstUtterance], search: str = "") -> str:
+def worst_utterances(worst: Sequence[WorstUtterance], search: str = "", unit: str = "words") -> str:
     if not worst:
         return ""
     legend = "".join(
@@ -269,10 +281,11 @@ def worst_utterances(worst: Sequence[WorstUtterance], search: str = "") -> str:
         for kind, name in (("sub", "substituted"), ("del", "deleted"), ("ins", "inserted"))
     )
     said = f"Search: {text(search)}. " if search else ""
-    return f'<p class="lead">{said}{legend}</p><div class="gapless">{"".join(map(_utterance, worst))}</div>'
+    shown = "".join(_utterance(one, unit) for one in worst)
+    return f'<p class="lead">{said}{legend}</p><div class="gapless">{shown}</div>'
 
 
-def _utterance(utterance: WorstUtterance) -> str:
+def _utterance(utterance: WorstUtterance, unit: str) -> str:
     cells = ['<div class="side"><span>ref</span><span>hyp</span></div>']
     for ref, hyp in utterance.pairs[:_MOST_WORDS]:
         kind = "" if ref == hyp else " ins" if not ref else " del" if not hyp else " sub"
@@ -281,7 +294,7 @@ def _utterance(utterance: WorstUtterance) -> str:
     if left > 0:
         cells.append(f'<div class="side"><span>… {left:,} more</span></div>')
     rate = f" · {_percent(utterance.errors / utterance.ref_words)}" if utterance.ref_words else ""
-    errors = f"{utterance.errors:,} error{'s' * (utterance.errors != 1)} in {utterance.ref_words:,} words{rate}"
+    errors = f"{utterance.errors:,} error{'s' * (utterance.errors != 1)} in {utterance.ref_words:,} {unit}{rate}"
     return (
         f'<div class="card utt"><div class="top"><code>{text(utterance.cut_id[:200])}</code><span>{errors}</span></div>'
         f'<div class="words">{"".join(cells)}</div></div>'

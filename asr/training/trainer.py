@@ -25,6 +25,7 @@ from asr.data.features import FeatureStats
 from asr.data.loader import BatchLoader, DataConfig, eval_loader, explain_dead_worker, train_loader
 from asr.data.packed_cuts import durations_of, mean_share
 from asr.data.tokenizer import Tokenizer
+from asr.decoding.score import rate_name
 from asr.environment import cpu
 from asr.errors import CheckpointError, Terminated, UserError
 from asr.models.transducer import build_model, parameter_counts
@@ -317,7 +318,7 @@ class Trainer:
             errors=result.errors,
             words=result.words,
         )
-        rate = "CER" if self.config.errors_in == "characters" else "WER"
+        rate = rate_name(self.config.errors_in)
         self.line.say(
             f"epoch {progress.epoch}: validation loss {result.loss:.4f} a token, {rate} {100 * result.wer:.2f}%"
             f" [{result.errors} / {result.words}]"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from asr.data.batch import Batch
 from asr.data.tokenizer import Tokenizer
 from asr.decoding import SEARCHES
 from asr.decoding.decode import evaluation_mode
-from asr.decoding.score import chars_of, words_of
+from asr.decoding.score import units_of
 from asr.models.transducer import LossConfig, Transducer
 from asr.training.ranks import Ranks
 
@@ -58,7 +59,7 @@ def validate(
     total, tokens, errors, words = 0.0, 0, 0, 0
     decoding = experiment.decoding
     search = SEARCHES[decoding.search]
-    split = chars_of if experiment.training.errors_in == "characters" else words_of
+    split = partial(units_of, errors_in=experiment.training.errors_in)
     options = LossConfig(topology=experiment.loss.topology)
     with evaluation_mode(model):
         for batch in batches:

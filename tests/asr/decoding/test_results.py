@@ -66,6 +66,25 @@ def test_files_have_icefalls_form(tmp_path):
     assert described["wer_95_percent_interval"]["low"] <= 0.5 <= described["wer_95_percent_interval"]["high"]
 
 
+def test_texts_without_spaces_are_scored_in_characters(tmp_path):
+    texts = [Transcribed("a", "今天天气好", "今天气号"), Transcribed("b", "你好", "你好")]
+    found = write_results(tmp_path, "test", "greedy", texts, errors_in="characters")
+    assert found.lines == (found.cer_line, found.interval_line, found.wer_line)
+    assert found.cer_line == "%CER 28.57% [2 / 7, 0 ins, 1 del, 1 sub ]"
+    # of two utterances a draw has none, one or both of the first: its rate is 0, 2 / 7 or 2 / 5
+    assert (found.interval.low, found.interval.high) == (0.0, 0.4)
+    assert found.interval_line.startswith("95% confidence interval of the CER [0.00%, 40.00%] (")
+    lines = (tmp_path / "wer-summary-test.txt").read_text().splitlines()
+    assert lines == ["settings\tCER", "greedy\t28.57", "", *found.lines]
+    described = json.loads((tmp_path / "score-test.json").read_text())
+    assert described["line"] == described["cer_line"] == found.cer_line
+    assert described["cer_95_percent_interval"]["high"] == 0.4 and "wer_95_percent_interval" not in described
+    assert "a:\tref=['今', '天', '天', '气', '好']" in (tmp_path / "recogs-test.txt").read_text()
+    errs = (tmp_path / "errs-test.txt").read_text()
+    assert errs.startswith("%CER = 28.57\n") and "over 7 reference characters (5 correct)" in errs
+    assert "a:\t今 天 (天->*) 气 (好->号)" in errs
+
+
 def test_successive_errors_are_shown_together():
     pairs = [("A", "A"), ("B", "C"), ("D", NO_WORD), ("E", "E"), (NO_WORD, "F"), (NO_WORD, "G")]
     assert marked_errors(pairs) == "A (B D->C) E (*->F G)"

@@ -142,6 +142,21 @@ def test_tile_names_the_configured_search(exp_dir: Path) -> None:
     assert "WER on test 60.00% greedy, 3 of 5 words" in page_of(exp_dir).text
 
 
+def test_results_in_characters_are_shown_as_such(tmp_path: Path) -> None:
+    train_dir = tmp_path / "train"
+    train_dir.mkdir()
+    (train_dir / "config.yaml").write_text("training: {errors_in: characters}\ndecoding: {search: greedy}\n")
+    valid = {"kind": "valid", "step": 1, "loss": 1.0, "wer": 0.5, "errors": 2, "words": 4}
+    (train_dir / "metrics.jsonl").write_text(json.dumps(valid) + "\n")
+    texts = [Transcribed("a", "今天天气好", "今天气号"), Transcribed("b", "你好", "你好")]
+    write_results(tmp_path / "decode" / "greedy", "test", "", texts, errors_in="characters")
+    page = write_report(train_dir).read_text()
+    assert "CER on test" in page and "2 of 7 characters; 95% CI 0.00 to 40.00%" in page
+    assert "Best validation CER" in page and "Character error rate" in page
+    assert "<th>CER</th><th>Errors</th><th>Characters</th>" in page and "2 errors in 5 characters" in page
+    assert "WER" not in page.split("<body>")[1]
+
+
 def test_worst_utterances_are_aligned(exp_dir: Path) -> None:
     page = page_of(exp_dir)
     kinds = [a["class"] for t, a in page.elements if t == "div" and (a.get("class") or "").startswith("w ")]

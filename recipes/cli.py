@@ -101,7 +101,11 @@ def make_parser(corpus: str) -> Parser:
     add = parser.add_argument
     add("--stage", default="0", metavar="STAGE", help="first stage, a number or a name")
     add("--stop-stage", default="verify", metavar="STAGE", help="last stage, a number or a name")
-    add("--dry-run", action="store_true", help="print which stages would run and why, and do nothing")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print which stages would run, why, and what they take, and do nothing",
+    )
     add("--force", action="store_true", help="run the chosen stages even if they are up to date")
     add("--exp-dir", type=Path, default=default_exp_dir(corpus), metavar="DIR", help="where everything is written")
     add("--corpus-dir", type=Path, metavar="DIR", help="the unpacked corpus: nothing is downloaded then")
@@ -169,6 +173,7 @@ def _run(argv: Sequence[str]) -> int:
     if args.num_jobs < 1:
         raise UserError(f"--num-jobs {args.num_jobs} is too few; pass at least 1")
     # Only now: these import torch, and a misspelled option should not have to wait for it.
+    from recipes.estimates import estimates, totals
     from recipes.launch import take_part
     from recipes.stages import make_recipe, print_result
 
@@ -176,8 +181,15 @@ def _run(argv: Sequence[str]) -> int:
     recipe, pipeline = make_recipe(name, args, continuing_command(name, argv[1:]), default_config(name))
     selected = pipeline.select(args.stage, args.stop_stage)
     if args.dry_run:
-        for number, status in zip(selected, pipeline.plan(selected, force=args.force), strict=True):
-            print(f"stage {number} {pipeline.stages[number].name}: {'would run: ' * status.must_run}{status.reason}")
+        plan = pipeline.plan(selected, force=args.force)
+        named = {pipeline.stages[number].name: status for number, status in zip(selected, plan, strict=True)}
+        found, audio = estimates(recipe, pipeline, named)
+        for number, (stage, status) in zip(selected, named.items(), strict=True):
+            print(f"stage {number} {stage}: {'would run: ' * status.must_run}{status.reason}")
+            if stage in found:
+                print(f"    {found[stage].line}")
+        if found:
+            print(audio, *totals(found.values()), sep="\n")
         return 0
     try:
         if recipe.nodes.rank:

@@ -55,6 +55,7 @@ class Stage:
     folder in which an interrupted run goes on; when the settings have changed it is renamed to ``<resume_dir>.old-N``,
     and with it ``results_dir``, what later stages found out about it. ``check(context)`` raises a UserError for what it
     could not begin with, before anything of an earlier run is touched; a run that goes on is not asked.
+    ``audio_s(context)`` is how much audio the stage has worked on, noted with its time: what later estimates go by.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Stage:
     resume_dir: str | None = None
     results_dir: str | None = None
     check: Callable[[Any], None] | None = None
+    audio_s: Callable[[Any], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -304,6 +306,7 @@ class Pipeline:
                 "result": fingerprint(self.exp_dir, stage.outputs),
                 "outputs": list(stage.outputs),
                 "seconds": round(seconds, 3),
+                "audio_s": None if stage.audio_s is None else round(stage.audio_s(context), 3),
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "command": go_on,
             }

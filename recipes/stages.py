@@ -24,6 +24,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ from recipes.corpora import CORPORA, Corpus
 from recipes.corpora.base import CorpusOptions
 from recipes.decoding import chosen_chunks, print_decoded, result_files, run_decode
 from recipes.engine import DONE_DIR, Pipeline, Stage, StageStopped, write_atomic
+from recipes.estimates import audio_of_stage
 from recipes.launch import average_on_processes, train_on_processes
 
 if TYPE_CHECKING:
@@ -298,6 +300,7 @@ def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Mill
             (*cuts, "data/audio", "data/bad_rows.txt"),
             ("corpus.options", "data_seed"),
             checks,
+            audio_s=partial(audio_of_stage, "prepare"),
         ),
         Stage(
             "features",
@@ -306,8 +309,16 @@ def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Mill
             (*features, *feature_files),
             ("experiment.data.features", "!experiment.data.features.num_jobs", "experiment.data.augment", "data_seed"),
             checks,
+            audio_s=partial(audio_of_stage, "features"),
         ),
-        Stage("tokenizer", run_tokenizer, cuts, (*tokens, "tokenizer/tokens.txt"), ("experiment.tokenizer",)),
+        Stage(
+            "tokenizer",
+            run_tokenizer,
+            cuts,
+            (*tokens, "tokenizer/tokens.txt"),
+            ("experiment.tokenizer",),
+            audio_s=partial(audio_of_stage, "tokenizer"),
+        ),
         Stage(
             "train",
             run_train,
@@ -331,6 +342,7 @@ def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Mill
             (*trained, manifests[1]),
             ("train/average.pt",),
             ("experiment.average",),
+            audio_s=partial(audio_of_stage, "average"),
         ),
         Stage(
             "decode",
@@ -338,6 +350,7 @@ def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Mill
             ("train/average.pt", *manifests[2:]),
             results,
             ("experiment.decoding", "!experiment.decoding.chunk_ms", "decode_chunks"),
+            audio_s=partial(audio_of_stage, "decode"),
         ),
         Stage(
             "export",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from asr.errors import UserError
 from asr.models.context import Milliseconds
-from recipes.corpora.base import CorpusOptions, CorpusWriter, Prepared
+from recipes.corpora.base import Archive, CorpusOptions, CorpusWriter, Prepared
 from recipes.corpora.download import lhotse_download, places_of
 from recipes.corpora.in_place import Row, add_rows
 
@@ -35,6 +35,19 @@ class Options(CorpusOptions):
     @property
     def decode_chunks(self) -> tuple[Milliseconds, ...]:
         return ("full", 640, 320)
+
+    @property
+    def archive_sizes(self) -> tuple[Archive, ...]:
+        # unpacked are archives by speaker, which stay, and the recordings
+        return (Archive(f"aishell/{_FOLDER}", 15_582_913_665, 2 * 178 * 3600 * 32_000),)
+
+    @property
+    def expected_hours(self) -> dict[str, float]:
+        return {"train": 150, "valid": 18, "test": 10}
+
+    @property
+    def in_place(self) -> bool:
+        return True
 
 
 def download(dest: Path, options: Options) -> Path:

@@ -31,6 +31,19 @@ if TYPE_CHECKING:  # lhotse imports torch: listing corpora and their options mus
 TRAINED = ("train", "valid")
 
 
+@dataclass(frozen=True)
+class Archive:
+    """Something to download.
+
+    folder: where it is once it is unpacked, below the download folder.
+    download_bytes, unpacked_bytes: sizes; both stay on the disk.
+    """
+
+    folder: str
+    download_bytes: float
+    unpacked_bytes: float
+
+
 @dataclass
 class CorpusOptions:
     """What the options of every corpus answer."""
@@ -54,6 +67,21 @@ class CorpusOptions:
     def decode_chunks(self) -> tuple[Milliseconds, ...]:
         """What the test sets are decoded in besides decoding.chunk_ms, if training heard chunks."""
         return ()
+
+    @property
+    def archive_sizes(self) -> tuple[Archive, ...]:
+        """What a download fetches, as published."""
+        return ()
+
+    @property
+    def expected_hours(self) -> dict[str, float]:
+        """Hours of each set, as published or counted once; empty where they cannot be known before prepare."""
+        return {}
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the audio is used where it lies, so that prepare writes none."""
+        return False
 
     @property
     def splits(self) -> tuple[str, ...]:

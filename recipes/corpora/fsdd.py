@@ -24,7 +24,7 @@ from asr.data.audio import SAMPLE_RATE_HZ, AudioError, resample
 from asr.errors import UserError
 from recipes.corpora import noise
 from recipes.corpora.audio import energy_db, join, read_recording, rms
-from recipes.corpora.base import CorpusOptions, CorpusWriter, Prepared
+from recipes.corpora.base import Archive, CorpusOptions, CorpusWriter, Prepared
 from recipes.corpora.commands import DIGITS
 from recipes.corpora.download import fetch_and_unpack, find_wavs
 
@@ -58,6 +58,16 @@ class Options(CorpusOptions):
     def __post_init__(self) -> None:
         if self.num_train_strings < 1:
             raise UserError(f"num_train_strings={self.num_train_strings} is too small; pass at least 1")
+
+    @property
+    def archive_sizes(self) -> tuple[Archive, ...]:
+        return (Archive(_FOLDER, 16e6, 30e6),)
+
+    @property
+    def expected_hours(self) -> dict[str, float]:
+        tests = NUM_TEST if self.held_out_speaker is None else NUM_TEST_HELD_OUT
+        counts = {"train": self.num_train_strings, "valid": NUM_VALID, "test": tests}
+        return {split: count * 3.1 / 3600 for split, count in counts.items()}
 
 
 @dataclass(frozen=True)

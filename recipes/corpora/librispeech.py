@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from asr.errors import UserError
 from asr.models.context import Milliseconds
-from recipes.corpora.base import CorpusOptions, CorpusWriter, Prepared
+from recipes.corpora.base import Archive, CorpusOptions, CorpusWriter, Prepared
 from recipes.corpora.download import lhotse_download, places_of
 from recipes.corpora.in_place import Row, add_rows
 
@@ -42,12 +42,25 @@ SUBSETS = {
     ),
 }
 
+# of each archive: bytes, hours (Panayotov et al. 2015, "Librispeech: an ASR corpus based on public domain audio books")
+SIZES = {
+    "train-clean-5": (332e6, 5.3),
+    "dev-clean-2": (126e6, 2.0),
+    "dev-clean": (337_926_286, 5.4),
+    "dev-other": (314_305_928, 5.3),
+    "test-clean": (346_663_984, 5.4),
+    "test-other": (328_757_843, 5.1),
+    "train-clean-100": (6_387_309_499, 100.6),
+    "train-clean-360": (23_049_477_885, 363.6),
+    "train-other-500": (30_593_501_606, 496.7),
+}
+
 
 @dataclass
 class Options(CorpusOptions):
     """Settings of the corpus.
 
-    subset: how much to train on: mini (5 hours), 100h or 960h. A download takes 0.7, 7.4 or 61 GB.
+    subset: how much to train on: mini (5 hours), 100h or 960h. A download takes 0.8, 7.7 or 61 GB.
     """
 
     subset: Literal["mini", "100h", "960h"] = "mini"
@@ -72,6 +85,24 @@ class Options(CorpusOptions):
     @property
     def archives(self) -> tuple[str, ...]:
         return (*self.parts.train, *self.parts.valid, *self.parts.tests)
+
+    @property
+    def sets(self) -> dict[str, tuple[str, ...]]:
+        """Official folders by set."""
+        return {"train": self.parts.train, "valid": self.parts.valid, **{name: (name,) for name in self.parts.tests}}
+
+    @property
+    def archive_sizes(self) -> tuple[Archive, ...]:
+        # FLAC files, which an archive does not make smaller
+        return tuple(Archive(f"{_FOLDER}/{name}", SIZES[name][0], SIZES[name][0]) for name in self.archives)
+
+    @property
+    def expected_hours(self) -> dict[str, float]:
+        return {split: sum(SIZES[name][1] for name in names) for split, names in self.sets.items()}
+
+    @property
+    def in_place(self) -> bool:
+        return True
 
 
 def download(dest: Path, options: Options) -> Path:
@@ -113,11 +144,9 @@ def _rows(split: str, part: Path, writer: CorpusWriter) -> Iterator[Row]:
 def prepare(corpus_dir: Path | None, data_dir: Path, *, seed: int, options: Options, num_jobs: int = 2) -> Prepared:
     """Write the cuts of the subset's sets, which name the FLAC files where they are. ``seed`` is accepted and not
     needed."""
-    parts = options.parts
     root = _root(corpus_dir, options.archives).absolute()
     writer = CorpusWriter(data_dir, options.splits)
-    sets = {"train": parts.train, "valid": parts.valid, **{name: (name,) for name in parts.tests}}
-    rows = [row for split, names in sets.items() for name in names for row in _rows(split, root / name, writer)]
+    rows = [row for split, names in options.sets.items() for name in names for row in _rows(split, root / name, writer)]
     num_rows = len(rows) + len(writer.bad_rows)
     add_rows(writer, rows, num_jobs)
     return writer.finish(num_rows)

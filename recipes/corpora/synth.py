@@ -64,6 +64,11 @@ class Options(CorpusOptions):
         if self.num_words < 0:
             raise UserError(f"num_words={self.num_words} is too small; pass at least 0")
 
+    @property
+    def expected_hours(self) -> dict[str, float]:
+        train_s = 3.0 * self.num_train + 0.6 * self.num_words
+        return {"train": train_s / 3600, "valid": 3.0 * NUM_VALID / 3600, "test": 3.0 * NUM_TEST / 3600}
+
 
 @dataclass(frozen=True)
 class Utterance:

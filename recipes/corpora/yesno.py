@@ -17,7 +17,7 @@ import numpy as np
 from asr.data.audio import AudioError
 from asr.errors import UserError
 from recipes.corpora.audio import read_recording
-from recipes.corpora.base import CorpusOptions, CorpusWriter, Prepared
+from recipes.corpora.base import Archive, CorpusOptions, CorpusWriter, Prepared
 from recipes.corpora.download import fetch_and_unpack, find_wavs
 from recipes.corpora.recombine import Recombiner, find_words
 
@@ -43,6 +43,14 @@ class Options(CorpusOptions):
     def __post_init__(self) -> None:
         if self.num_recombined < 0:
             raise UserError(f"num_recombined={self.num_recombined} is negative; pass 0 for none")
+
+    @property
+    def archive_sizes(self) -> tuple[Archive, ...]:
+        return (Archive("waves_yesno", 4.7e6, 6e6),)
+
+    @property
+    def expected_hours(self) -> dict[str, float]:
+        return {"train": (150 + 3.1 * self.num_recombined) / 3600, "valid": 0.01, "test": 0.05}
 
 
 def download(dest: Path, options: Options) -> Path:

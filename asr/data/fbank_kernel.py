@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from losses.backends.threads import jit_reordering
 
 FFT_SIZE = 512
 HALF = FFT_SIZE // 2
 STAGES = 4
 """HALF is 4 ** STAGES."""
-
-_jit = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
 
 
 class Tables(NamedTuple):
@@ -60,7 +59,7 @@ def make_tables(window: Sequence[float], mel: np.ndarray) -> Tables:
     )
 
 
-@_jit
+@jit_reordering
 def log_mel(wave, start, shift, preemphasis, tables, out):  # type: ignore[no-untyped-def]
     """Frames of ``wave``, float32 [N], written to ``out``, float32 [T, F].
 
@@ -87,7 +86,7 @@ def log_mel(wave, start, shift, preemphasis, tables, out):  # type: ignore[no-un
             out[t, f] = math.log(max(energy, np.float32(1.1920929e-07)))
 
 
-@_jit
+@jit_reordering
 def _extract(wave, start, preemphasis, window, frame):  # type: ignore[no-untyped-def]
     size = frame.size
     if start >= 0 and start + size <= wave.size:
@@ -110,7 +109,7 @@ def _extract(wave, start, preemphasis, window, frame):  # type: ignore[no-untype
     frame[0] = (frame[0] - preemphasis * frame[0]) * window[0]
 
 
-@_jit
+@jit_reordering
 def _complex_fft(re, im, roots):  # type: ignore[no-untyped-def]
     m, stride = 1, HALF // 4
     while m < HALF:
@@ -134,7 +133,7 @@ def _complex_fft(re, im, roots):  # type: ignore[no-untyped-def]
         m, stride = 4 * m, stride // 4
 
 
-@_jit
+@jit_reordering
 def _power(re, im, half_roots, power):  # type: ignore[no-untyped-def]
     half = np.float32(0.5)
     first = re[0] + im[0]

@@ -17,16 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor, nn
 
 from losses.backends.numba_bfloat16 import number_array
-from losses.backends.threads import run_each
+from losses.backends.threads import jit_reordering, run_each
 
 ROWS = 4
 """Rows of a product that are computed together."""
-
-_jit = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
 
 
 class Affine(NamedTuple):
@@ -84,7 +81,7 @@ class Chunk(NamedTuple):
     sin: np.ndarray
 
 
-@_jit
+@jit_reordering
 def _exp(x):
     # Cody and Waite's reduction, and a polynomial of degree 6 (Cephes): to 2 units in the last place, and in vectors
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
@@ -100,12 +97,12 @@ def _exp(x):
     return y * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@_jit
+@jit_reordering
 def _sigmoid(x):
     return np.float32(1.0) / (np.float32(1.0) + _exp(-x))
 
 
-@_jit
+@jit_reordering
 def _products(x, rows, weight, y, first):
     """y[:rows, first + n] is the product of x [rows, K] and row n of weight [N, K]; rows is a multiple of 4."""
     count, width = weight.shape
@@ -148,7 +145,7 @@ def _products(x, rows, weight, y, first):
             y[r, at], y[r + 1, at], y[r + 2, at], y[r + 3, at] = a0, a1, a2, a3
 
 
-@_jit
+@jit_reordering
 def _linear(x, rows, layer, y):
     """y [rows, N] of x [rows, K]."""
     _products(x, rows, layer.weight, y, 0)
@@ -157,7 +154,7 @@ def _linear(x, rows, layer, y):
             y[r, n] += layer.bias[n]
 
 
-@_jit
+@jit_reordering
 def _add_linear(x, rows, layer, scale, y, room):
     """Adds scale times the layer of x to y; room [rows, N]."""
     _products(x, rows, layer.weight, room, 0)
@@ -166,7 +163,7 @@ def _add_linear(x, rows, layer, scale, y, room):
             y[r, n] += scale * (room[r, n] + layer.bias[n])
 
 
-@_jit
+@jit_reordering
 def _norm(x, rows, layer, y):
     dim = layer.weight.size
     for r in range(rows):
@@ -182,14 +179,14 @@ def _norm(x, rows, layer, y):
             y[r, i] = (x[r, i] - mean) * scale * layer.weight[i] + layer.bias[i]
 
 
-@_jit
+@jit_reordering
 def _silu(x):
     flat = x.reshape(-1)
     for i in range(flat.size):
         flat[i] = flat[i] * _sigmoid(flat[i])
 
 
-@_jit
+@jit_reordering
 def _feed_forward(x, layers, normed, wide, room):
     rows = x.shape[0]
     inner = wide[: rows * layers.up.bias.size].reshape(rows, layers.up.bias.size)
@@ -199,7 +196,7 @@ def _feed_forward(x, layers, normed, wide, room):
     _add_linear(inner, rows, layers.down, np.float32(0.5), x, room)
 
 
-@_jit
+@jit_reordering
 def _softmax(scores, rows):
     for r in range(rows):
         row = scores[r]
@@ -219,7 +216,7 @@ def _softmax(scores, rows):
             row[j] *= scale
 
 
-@_jit
+@jit_reordering
 def _add_weighted(weights, first, values, y):
     """Adds to y [4, d] the values [W, d], weighted by columns first to first + W of weights [4, ...]."""
     y0, y1, y2, y3 = y[0], y[1], y[2], y[3]
@@ -246,7 +243,7 @@ def _add_weighted(weights, first, values, y):
             y3[i] += weights[3, first + j] * values[j, i]
 
 
-@_jit
+@jit_reordering
 def _append(cache, latest, after):
     """``after`` [L, d], which may be the cache, is the end of the cache [L, d] and the latest [n, d] behind it."""
     (length, dim), count = cache.shape, latest.shape[0]
@@ -262,7 +259,7 @@ def _append(cache, latest, after):
             to[j] = new[j]
 
 
-@_jit
+@jit_reordering
 def _attend(qkv, chunk, before, after, y):
     """Attention of the rows of qkv [R, 3 D] over each stream's cache and the rows of its own, into y [R, D]."""
     heads, left, head_dim = before.keys.shape[1:]
@@ -307,7 +304,7 @@ def _attend(qkv, chunk, before, after, y):
             _append(before.values[b, h], values[:count], after.values[b, h])
 
 
-@_jit
+@jit_reordering
 def _convolve(gated, chunk, taps, before, after, y):
     """Gates the rows [R, 2 D]; the convolution of each stream's cached and own frames, into y [R, D]."""
     dim, kernel = taps.bias.size, taps.weight.shape[3]
@@ -332,7 +329,7 @@ def _convolve(gated, chunk, taps, before, after, y):
         after.conv[b] = window[count : count + kernel - 1]
 
 
-@_jit
+@jit_reordering
 def step_block(x, chunk, weights, before, after, wide):
     """Takes the rows x [R, D] of the streams through a block, in place, and writes their caches after it.
 

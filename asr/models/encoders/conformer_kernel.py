@@ -148,16 +148,17 @@ def _products(x, rows, weight, y, first):
 @jit_reordering
 def _linear(x, rows, layer, y):
     """y [rows, N] of x [rows, K]."""
-    _products(x, rows, layer.weight, y, 0)
+    _products(x, rows, layer.weight, y, np.int64(0))
     for r in range(rows):
         for n in range(layer.bias.size):
             y[r, n] += layer.bias[n]
 
 
 @jit_reordering
-def _add_linear(x, rows, layer, scale, y, room):
+def _add_linear(x, layer, scale, y, room):
     """Adds scale times the layer of x to y; room [rows, N]."""
-    _products(x, rows, layer.weight, room, 0)
+    rows = x.shape[0]
+    _products(x, rows, layer.weight, room, np.int64(0))
     for r in range(rows):
         for n in range(layer.bias.size):
             y[r, n] += scale * (room[r, n] + layer.bias[n])
@@ -193,7 +194,7 @@ def _feed_forward(x, layers, normed, wide, room):
     _norm(x, rows, layers.norm, normed)
     _linear(normed, rows, layers.up, inner)
     _silu(inner)
-    _add_linear(inner, rows, layers.down, np.float32(0.5), x, room)
+    _add_linear(inner, layers.down, np.float32(0.5), x, room)
 
 
 @jit_reordering
@@ -217,18 +218,19 @@ def _softmax(scores, rows):
 
 
 @jit_reordering
-def _add_weighted(weights, first, values, y):
-    """Adds to y [4, d] the values [W, d], weighted by columns first to first + W of weights [4, ...]."""
+def _add_weighted(weights, row, first, values, y):
+    """Adds to y [4, d] the values [W, d], weighted by columns first to first + W of four rows of the weights."""
     y0, y1, y2, y3 = y[0], y[1], y[2], y[3]
     count, dim = values.shape
     whole = count - count % 4
     for j in range(0, whole, 4):
         v0, v1, v2, v3 = values[j], values[j + 1], values[j + 2], values[j + 3]
-        w = weights[:, first + j : first + j + 4]
-        a0, a1, a2, a3 = w[0, 0], w[0, 1], w[0, 2], w[0, 3]
-        b0, b1, b2, b3 = w[1, 0], w[1, 1], w[1, 2], w[1, 3]
-        c0, c1, c2, c3 = w[2, 0], w[2, 1], w[2, 2], w[2, 3]
-        d0, d1, d2, d3 = w[3, 0], w[3, 1], w[3, 2], w[3, 3]
+        at = first + j
+        a0, a1, a2, a3 = weights[row, at], weights[row, at + 1], weights[row, at + 2], weights[row, at + 3]
+        r1, r2, r3 = row + 1, row + 2, row + 3
+        b0, b1, b2, b3 = weights[r1, at], weights[r1, at + 1], weights[r1, at + 2], weights[r1, at + 3]
+        c0, c1, c2, c3 = weights[r2, at], weights[r2, at + 1], weights[r2, at + 2], weights[r2, at + 3]
+        d0, d1, d2, d3 = weights[r3, at], weights[r3, at + 1], weights[r3, at + 2], weights[r3, at + 3]
         for i in range(dim):
             p0, p1, p2, p3 = v0[i], v1[i], v2[i], v3[i]
             y0[i] += a0 * p0 + a1 * p1 + a2 * p2 + a3 * p3
@@ -237,10 +239,10 @@ def _add_weighted(weights, first, values, y):
             y3[i] += d0 * p0 + d1 * p1 + d2 * p2 + d3 * p3
     for j in range(whole, count):
         for i in range(dim):
-            y0[i] += weights[0, first + j] * values[j, i]
-            y1[i] += weights[1, first + j] * values[j, i]
-            y2[i] += weights[2, first + j] * values[j, i]
-            y3[i] += weights[3, first + j] * values[j, i]
+            y0[i] += weights[row, first + j] * values[j, i]
+            y1[i] += weights[row + 1, first + j] * values[j, i]
+            y2[i] += weights[row + 2, first + j] * values[j, i]
+            y3[i] += weights[row + 3, first + j] * values[j, i]
 
 
 @jit_reordering
@@ -260,10 +262,11 @@ def _append(cache, latest, after):
 
 
 @jit_reordering
-def _attend(qkv, chunk, before, after, y):
-    """Attention of the rows of qkv [R, 3 D] over each stream's cache and the rows of its own, into y [R, D]."""
+def _attend(wide, chunk, before, after, y):
+    """Attention of the rows [R, 3 D] that ``wide`` begins with over each stream's cache and its own, into y [R, D]."""
     heads, left, head_dim = before.keys.shape[1:]
     half, dim = head_dim // 2, heads * head_dim
+    qkv = wide[: 3 * y.size].reshape(y.shape[0], 3 * dim)
     scale = np.float32(1.0) / np.sqrt(np.float32(head_dim))
     longest = chunk.counts.max()
     padded = (longest + 3) // 4 * 4
@@ -290,13 +293,15 @@ def _attend(qkv, chunk, before, after, y):
                     keys[t, half + j] = k[half + j] * cos[j] + k[j] * sin[j]
                     values[t, j], values[t, half + j] = v[j], v[half + j]
             old = before.values[b, h, left - known :]
-            _products(queries, rows, before.keys[b, h, left - known :], scores, 0)
+            _products(queries, rows, before.keys[b, h, left - known :], scores, np.int64(0))
             _products(queries, rows, keys[:count], scores, known)
             _softmax(scores, count)
             for t in range(0, rows, 4):
-                sums[:] = 0.0
-                _add_weighted(scores[t : t + 4], 0, old, sums)
-                _add_weighted(scores[t : t + 4], known, values[:count], sums)
+                for r in range(4):
+                    for j in range(head_dim):
+                        sums[r, j] = np.float32(0.0)
+                _add_weighted(scores, t, np.int64(0), old, sums)
+                _add_weighted(scores, t, known, values[:count], sums)
                 for r in range(min(4, count - t)):
                     for j in range(head_dim):
                         y[begin + t + r, h * head_dim + j] = sums[r, j]
@@ -305,7 +310,7 @@ def _attend(qkv, chunk, before, after, y):
 
 
 @jit_reordering
-def _convolve(gated, chunk, taps, before, after, y):
+def _gated_taps(gated, chunk, taps, before, after, y):
     """Gates the rows [R, 2 D]; the convolution of each stream's cached and own frames, into y [R, D]."""
     dim, kernel = taps.bias.size, taps.weight.shape[3]
     weight = np.empty((kernel, dim), np.float32)
@@ -315,42 +320,57 @@ def _convolve(gated, chunk, taps, before, after, y):
     window = np.empty((kernel - 1 + chunk.counts.max(), dim), np.float32)
     for i in range(chunk.counts.size):
         b, count, begin = chunk.first + i, chunk.counts[i], chunk.begins[i]
-        window[: kernel - 1] = before.conv[b]
+        for k in range(kernel - 1):
+            for j in range(dim):
+                window[k, j] = before.conv[b, k, j]
         for t in range(count):
             own = window[kernel - 1 + t]
             for j in range(dim):
                 own[j] = gated[begin + t, j] * _sigmoid(gated[begin + t, dim + j])
         for t in range(count):
             out = y[begin + t]
-            out[:] = taps.bias
+            for j in range(dim):
+                out[j] = taps.bias[j]
             for k in range(kernel):
                 for j in range(dim):
                     out[j] += window[t + k, j] * weight[k, j]
-        after.conv[b] = window[count : count + kernel - 1]
+        for k in range(kernel - 1):
+            for j in range(dim):
+                after.conv[b, k, j] = window[count + k, j]
 
 
 @jit_reordering
-def step_block(x, chunk, weights, before, after, wide):
+def _project(x, norm, layer, normed, wide):
+    """The layer of the norm of x, at the beginning of ``wide``."""
+    rows, inner = x.shape[0], layer.bias.size
+    _norm(x, rows, norm, normed)
+    _linear(normed, rows, layer, wide[: rows * inner].reshape(rows, inner))
+
+
+@jit_reordering
+def _convolve(wide, chunk, taps, norm, before, after, y):
+    """Gates the rows [R, 2 D] at the beginning of ``wide``; convolution, norm and SiLU of them, into y [R, D]."""
+    rows = y.shape[0]
+    _gated_taps(wide[: 2 * y.size].reshape(rows, 2 * y.shape[1]), chunk, taps, before, after, y)
+    _norm(y, rows, norm, y)
+    _silu(y)
+
+
+def step_block(x, chunk, weights, before, after, normed, wide, room):  # type: ignore[no-untyped-def]
     """Takes the rows x [R, D] of the streams through a block, in place, and writes their caches after it.
 
-    ``wide`` has room for R rows of the widest layer.
+    ``normed`` and ``room`` are [R, D], ``wide`` has room for R rows of the widest layer; nothing in them matters but
+    that rows of ``normed`` are finite. Not compiled as a whole, which would take twice as long.
     """
-    rows, dim = x.shape
-    normed, room = np.zeros((rows, dim), np.float32), np.empty((rows, dim), np.float32)
-    _feed_forward(x, weights.ff1, normed, wide, room)
-    _norm(x, rows, weights.attention_norm, normed)
-    qkv = wide[: rows * 3 * dim].reshape(rows, 3 * dim)
-    _linear(normed, rows, weights.qkv, qkv)
-    _attend(qkv, chunk, before, after, normed)
-    _add_linear(normed, rows, weights.attention_out, np.float32(1.0), x, room)
-    _norm(x, rows, weights.conv_in_norm, normed)
-    gated = wide[: rows * 2 * dim].reshape(rows, 2 * dim)
-    _linear(normed, rows, weights.gated, gated)
-    _convolve(gated, chunk, weights.taps, before, after, normed)
-    _norm(normed, rows, weights.conv_norm, normed)
-    _silu(normed)
-    _add_linear(normed, rows, weights.conv_out, np.float32(1.0), x, room)
-    _feed_forward(x, weights.ff2, normed, wide, room)
+    w, one = weights, np.float32(1.0)
+    _feed_forward(x, w.ff1, normed, wide, room)
+    _project(x, w.attention_norm, w.qkv, normed, wide)
+    _attend(wide, chunk, before, after, normed)
+    _add_linear(normed, w.attention_out, one, x, room)
+    _project(x, w.conv_in_norm, w.gated, normed, wide)
+    _convolve(wide, chunk, w.taps, w.conv_norm, before, after, normed)
+    _add_linear(normed, w.conv_out, one, x, room)
+    _feed_forward(x, w.ff2, normed, wide, room)
 
 
 def _layers(block: Any) -> list[nn.Module]:
@@ -468,9 +488,10 @@ def step_blocks(
         chunk = Chunk(first, own, np.cumsum(own) - own, known_frames, cos, sin)
         rows = np.zeros((-(-total // ROWS) * ROWS, dim), np.float32)
         rows[:total] = rows_in[first:last][there[first:last]]
+        normed, room = np.zeros_like(rows), np.empty_like(rows)
         wide = np.empty(max(1, len(rows)) * widest, np.float32)
         for one, old, new in zip(weights, before, written, strict=True):
-            step_block(rows, chunk, one, old, new, wide)
+            step_block(rows, chunk, one, old, new, normed, wide, room)
         rows_out[first:last][there[first:last]] = rows[:total]
 
     run_each(run, np.array_split(np.arange(batch_size), max(1, min(batch_size, threads))))

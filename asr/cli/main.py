@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "write files that device runtimes load",
     "verify": "run exported files in their runtime and compare them with the model",
     "transcribe": "print the text of audio files",
+    "show-data": "write a page of cuts as training hears them, augmentation included",
     "doctor": "show versions, devices and optional parts, and how to install what is missing",
     "presets": "show the model presets with their exact numbers of parameters",
 }
@@ -46,7 +47,7 @@ def _run(argv: Sequence[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise UserError(f"unknown command {name}{nearest(name, COMMANDS)} (asr --help lists the commands)")
-    module = importlib.import_module(f"asr.cli.{name}")
+    module = importlib.import_module(f"asr.cli.{name.replace('-', '_')}")
     parser = Parser(prog=f"asr {name}", description=module.HELP)
     module.add_arguments(parser)
     args: argparse.Namespace = parser.parse_args(list(argv[1:]))

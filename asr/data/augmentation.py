@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from lhotse import MonoCut
@@ -119,7 +120,15 @@ def expand_cut(cut: MonoCut, factor: float, copy: int) -> MonoCut:
     return perturbed if copy == 0 else replace(perturbed, id=f"{perturbed.id}_copy{copy}")
 
 
-def augment_samples(samples: np.ndarray, config: AugmentConfig, *, seed: int, epoch: int, cut_id: str) -> np.ndarray:
+def augment_samples(
+    samples: np.ndarray,
+    config: AugmentConfig,
+    *,
+    seed: int,
+    epoch: int,
+    cut_id: str,
+    drawn: dict[str, Any] | None = None,
+) -> np.ndarray:
     """Change the level and add noise; a pure function of its arguments.
 
     Args:
@@ -128,6 +137,7 @@ def augment_samples(samples: np.ndarray, config: AugmentConfig, *, seed: int, ep
         seed: seed of the experiment.
         epoch: the epoch, or the number of the copy when features are stored.
         cut_id: the id of the cut, with the suffixes of ``expand_cuts``.
+        drawn: told what was drawn: gain_db; noise and snr_db where there is noise.
 
     Returns:
         float32 [N]. Values may pass 1 in magnitude: features do not mind and clipping would be one more distortion.
@@ -136,12 +146,17 @@ def augment_samples(samples: np.ndarray, config: AugmentConfig, *, seed: int, ep
         rng = random_generator(seed, epoch, cut_id, "volume")
         gain_db = rng.uniform(-config.volume_db, config.volume_db)
         samples = samples * np.float32(10.0 ** (gain_db / 20.0))
+        if drawn is not None:
+            drawn["gain_db"] = gain_db
     if config.noise_snr_db and config.noise_prob > 0:
         rng = random_generator(seed, epoch, cut_id, "noise")
         if rng.random() < config.noise_prob:
             snr_db = rng.uniform(config.noise_snr_db[0], config.noise_snr_db[1])
-            noise = white_noise(rng, samples.size) if rng.random() < 0.5 else pink_noise(rng, samples.size)
+            white = rng.random() < 0.5
+            noise = white_noise(rng, samples.size) if white else pink_noise(rng, samples.size)
             samples = add_noise(samples, noise, snr_db)
+            if drawn is not None:
+                drawn |= {"noise": "white" if white else "pink", "snr_db": snr_db}
     return samples
 
 
@@ -187,6 +202,7 @@ def spec_augment(
     epoch: int,
     cut_id: str,
     num_frames: int | None = None,
+    drawn: dict[str, Any] | None = None,
 ) -> None:
     """Mask features in place; a pure function of its arguments.
 
@@ -200,6 +216,7 @@ def spec_augment(
         epoch: the epoch.
         cut_id: the id of the cut.
         num_frames: frames of audio before the tail; all T by default.
+        drawn: told what was drawn: masked_bins and masked_frames, each as pairs of start and width.
 
     Raises:
         ValueError: masks along frequency could cover all F bins.
@@ -221,9 +238,16 @@ def spec_augment(
         starts = rng.integers(0, bins - widths + 1)
         for start, width in zip(starts, widths, strict=True):
             audio[:, start : start + width] = mean[start : start + width]
+        _note(drawn, "masked_bins", starts, widths)
     if config.time_masks > 0:
         share = int(config.time_mask_max_fraction * total) // config.time_masks
         widths = rng.integers(0, min(config.time_mask_max_frames, share) + 1, size=config.time_masks)
         starts = rng.integers(0, total - widths + 1)
         for start, width in zip(starts, widths, strict=True):
             audio[start : start + width] = mean
+        _note(drawn, "masked_frames", starts, widths)
+
+
+def _note(drawn: dict[str, Any] | None, name: str, starts: np.ndarray, widths: np.ndarray) -> None:
+    if drawn is not None:
+        drawn[name] = [(start, width) for start, width in zip(starts.tolist(), widths.tolist(), strict=True) if width]

@@ -128,10 +128,6 @@ def _caption(path: Path) -> str:
 
 
 def _render(content: ReportContent, points: int, picture_bytes: int) -> str:
-    package = files("asr.training")
-    script = package.joinpath("report_script.js").read_text(encoding="utf-8")
-    script_hash = "sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-    template = string.Template(package.joinpath("report_template.html").read_text(encoding="utf-8"))
     unit = sections.errors_in(content.config)
     parts = [
         ("results", "Results", sections.wer_table(content.wers)),
@@ -148,11 +144,27 @@ def _render(content: ReportContent, points: int, picture_bytes: int) -> str:
     header = sections.header(content.title, content.metrics, links)
     tiles = sections.tiles(content.metrics, content.wers, content.durations_s, content.config)
     written = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    title = f"{content.title} · training report"
+    return fill_template(title, f"{header}<main>{tiles}{body}<footer>Written {sections.text(written)}.</footer></main>")
+
+
+def fill_template(title: str, body: str, *, plays: bool = False) -> str:
+    """A page in the style of the report, with nothing outside of it.
+
+    Args:
+        title: text.
+        body: HTML.
+        plays: whether it may hold players with their sound.
+    """
+    package = files("asr.training")
+    script = package.joinpath("report_script.js").read_text(encoding="utf-8")
+    template = string.Template(package.joinpath("report_template.html").read_text(encoding="utf-8"))
     return template.substitute(
-        title=sections.text(f"{content.title} · training report"),
-        script_hash=script_hash,
+        title=sections.text(title),
+        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
+        plays="; media-src data:" if plays else "",
         script=script,
-        body=f"{header}<main>{tiles}{body}<footer>Written {sections.text(written)}.</footer></main>",
+        body=body,
     )
 
 

@@ -14,8 +14,8 @@ from asr.decoding.score import WorstUtterance, rate_name
 from asr.training.report_charts import Chart, Series, histogram, line_chart, short, smooth, text
 from asr.training.report_data import Metrics, WerLine, number
 
-__all__ = ["bad_batches", "chosen", "curves", "emission_charts", "header", "read_emissions", "run", "text", "tiles",
-           "wer_table", "worst_utterances"]  # fmt: skip
+__all__ = ["bad_batches", "chosen", "curves", "emission_charts", "header", "read_emissions", "run", "text", "tile",
+           "tiles", "wer_table", "worst_utterances"]  # fmt: skip
 
 _MOST_WORDS = 300
 _LONGEST_WORD = 60
@@ -76,37 +76,38 @@ def tiles(metrics: Metrics, wers: list[WerLine], durations_s: Sequence[float], c
     if best:
         counts = f"{best.errors:,} of {best.words:,} {best.errors_in}"
         more = f"{best.search}, {counts}; 95% CI {_interval(best)}"
-        out.append(_tile(f"{rate_name(best.errors_in)} on {best.test_set}", _percent(best.wer), more, main=True))
+        out.append(tile(f"{rate_name(best.errors_in)} on {best.test_set}", _percent(best.wer), more, main=True))
     valid = [(number(r.get("wer")), r) for r in metrics.valid if math.isfinite(number(r.get("wer")))]
     if valid:
         wer, record = min(valid, key=lambda pair: pair[0])
         out.append(
-            _tile(f"Best validation {rate_name(errors_in(config))}", _percent(wer), f"at step {record['step']:,}")
+            tile(f"Best validation {rate_name(errors_in(config))}", _percent(wer), f"at step {record['step']:,}")
         )
     losses = [(number(r.get("loss")), r) for r in metrics.valid if math.isfinite(number(r.get("loss")))]
     if losses:
         loss, record = min(losses, key=lambda pair: pair[0])
-        out.append(_tile("Best validation loss", short(loss), f"at step {record['step']:,}"))
+        out.append(tile("Best validation loss", short(loss), f"at step {record['step']:,}"))
     if metrics.starts and math.isfinite(number(metrics.starts[-1].get("parameters"))):
         count = number(metrics.starts[-1]["parameters"])
         value = f"{count / 1e6:.3g} <small>M</small>" if count >= 1e6 else f"{count / 1e3:.3g} <small>k</small>"
-        out.append(_tile("Parameters", value, f"{int(count):,}", raw=True))
+        out.append(tile("Parameters", value, f"{int(count):,}", raw=True))
     if metrics.time_s > 0:
         times = len(metrics.resumed_at)
         more = "in one go" if times == 0 else "continued once" if times == 1 else f"continued {times} times"
-        out.append(_tile("Training time", duration(metrics.time_s), more))
+        out.append(tile("Training time", duration(metrics.time_s), more))
     speeds = [v for r in metrics.train if math.isfinite(v := number(r.get("audio_s_per_s")))]
     if speeds:
         speed = f"{short(median(speeds))} <small>audio s/s</small>"
-        out.append(_tile("Throughput", speed, "median of steps", raw=True))
+        out.append(tile("Throughput", speed, "median of steps", raw=True))
     if durations_s:
         hours = sum(durations_s) / 3600
         value = f"{hours:.3g} <small>h</small>" if hours >= 1 else f"{60 * hours:.3g} <small>min</small>"
-        out.append(_tile("Training audio", value, f"{len(durations_s):,} cuts", raw=True))
+        out.append(tile("Training audio", value, f"{len(durations_s):,} cuts", raw=True))
     return f'<div class="tiles">{"".join(out)}</div>' if out else ""
 
 
-def _tile(name: str, value: str, more: str, main: bool = False, raw: bool = False) -> str:
+def tile(name: str, value: str, more: str, main: bool = False, raw: bool = False) -> str:
+    """A number with its name above and a word more below; with ``raw`` the value is HTML."""
     shown = value if raw else text(value)
     return (
         f'<div class="card tile{" main" if main else ""}"><div class="name">{text(name)}</div>'

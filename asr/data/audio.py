@@ -103,6 +103,57 @@ def audio_duration_s(path: str | os.PathLike[str]) -> float | None:
         return None
 
 
+def header_problem(path: str | os.PathLike[str]) -> str | None:
+    """Why a recording cannot be used, as far as header and size tell, or None; see ``audio_problem``."""
+    try:
+        with _opened(path) as file:
+            return None if len(file) else "it holds no samples"
+    except AudioError as error:
+        return str(error)
+
+
+def read_section(
+    path: str | os.PathLike[str],
+    num_samples: int,
+    place: float = 0.0,
+    *,
+    channel: float = 0.0,
+    begin_s: float = 0.0,
+    length_s: float | None = None,
+) -> np.ndarray:
+    """A section of one channel of a recording that libsndfile reads, without reading the rest.
+
+    Args:
+        path: of a file of any length.
+        num_samples: of the section at 16 kHz; fewer come of a shorter recording.
+        place: where it begins, in [0, 1), among all places at which so many samples follow.
+        channel: which channel, in [0, 1) from the first to the last.
+        begin_s, length_s: the part of the file that the recording is, in seconds; all of it by default.
+
+    Returns:
+        float32 [N] at 16 kHz, 1 <= N <= num_samples.
+
+    Raises:
+        AudioError: the file is missing, truncated, not audio, without samples in this part, or has samples that are not
+            finite.
+    """
+    with _opened(path) as file:
+        first = min(round(begin_s * file.samplerate), len(file))
+        held = len(file) - first if length_s is None else min(round(length_s * file.samplerate), len(file) - first)
+        if held < 1:
+            raise AudioError("it holds no samples")
+        wanted = min(held, max(1, math.ceil(num_samples * file.samplerate / SAMPLE_RATE_HZ)))
+        file.seek(first + int(place * (held - wanted + 1)))
+        channels = file.read(frames=wanted, dtype="float32", always_2d=True)
+        if len(channels) < wanted:
+            raise AudioError(f"truncated: {len(channels)} of {wanted} samples can be read")
+        samples = channels[:, int(channel * channels.shape[1])]
+        rate_hz = file.samplerate
+    if not np.isfinite(samples).all():
+        raise AudioError("it holds samples that are not finite numbers")
+    return resample(samples, rate_hz)[:num_samples]
+
+
 def resample(samples: np.ndarray, rate_hz: int, target_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
     """Polyphase resampling of [N] samples to [ceil(N * target / rate)] float32; images and aliases are below -75 dB."""
     resampler = Resampler(rate_hz, target_hz)

@@ -17,14 +17,18 @@ from lhotse import MonoCut
 from scipy.fft import irfft, next_fast_len
 
 from asr.data.audio import SAMPLE_RATE_HZ
+from asr.data.recorded_noise import RecordedNoiseConfig, draw_noise, noise_places, noise_probabilities
+from asr.data.recordings import check_places
+from asr.data.reverb import ReverbConfig, draw_response, response_places, reverberate
+from asr.data.value_checks import check_probability, check_range
 
 
 @dataclass
 class AugmentConfig:
-    """Augmentation of the waveform.
+    """Augmentation of the waveform: reverberation, then the level, then noise.
 
     With stored features the draws are made once per copy when features are computed; on the fly they are made in
-    every epoch.
+    every epoch. What changes lengths, silence and joined utterances, is for features on the fly only.
 
     Args:
         speed_factors: every training utterance appears once per epoch at each of these speeds (Ko et al. 2015, "Audio
@@ -33,7 +37,16 @@ class AugmentConfig:
         volume_db: the level changes by a gain drawn uniformly from minus to plus this many decibels; 0 turns it off.
         noise_snr_db: range (low, high) of the signal-to-noise ratio in decibels of the noise that is added, white or
             pink with equal chance; an empty list turns noise off.
-        noise_prob: probability that an utterance gets noise.
+        noise_prob: probability that an utterance gets such noise.
+        recorded_noise: noise, music and babble from recordings.
+        reverb: measured or simulated room responses.
+        pad_front_ms: range (low, high) of the digital silence before every utterance in milliseconds, so that a model
+            does not lose first words; an empty list adds none.
+        pad_behind_ms: the same behind every utterance.
+        concat_prob: probability that an utterance is joined with another one, by chance, to one longer utterance. Each
+            still comes once an epoch at each speed and copy.
+        concat_max_s: no joined utterance gets longer than this many seconds, nor than a batch may be, nor one with more
+            tokens than encoder frames.
     """
 
     speed_factors: list[float] = field(default_factory=lambda: [0.9, 1.0, 1.1])
@@ -41,6 +54,12 @@ class AugmentConfig:
     volume_db: float = 6.0
     noise_snr_db: list[float] = field(default_factory=lambda: [10.0, 30.0])
     noise_prob: float = 0.3
+    recorded_noise: RecordedNoiseConfig = field(default_factory=RecordedNoiseConfig)
+    reverb: ReverbConfig = field(default_factory=ReverbConfig)
+    pad_front_ms: list[float] = field(default_factory=list)
+    pad_behind_ms: list[float] = field(default_factory=list)
+    concat_prob: float = 0.0
+    concat_max_s: float = 20.0
 
     def __post_init__(self) -> None:
         if not self.speed_factors:
@@ -54,25 +73,61 @@ class AugmentConfig:
             raise ValueError(f"copies={self.copies}; at least 1 is needed")
         if not 0 <= self.volume_db <= 40:
             raise ValueError(f"volume_db={self.volume_db}; it must lie in [0, 40]")
-        if len(self.noise_snr_db) not in (0, 2):
-            raise ValueError(f"noise_snr_db={self.noise_snr_db}; pass two numbers (low, high), or [] for no noise")
-        if self.noise_snr_db and self.noise_snr_db[0] > self.noise_snr_db[1]:
-            raise ValueError(f"noise_snr_db={self.noise_snr_db}; the first number must not exceed the second")
-        if not 0 <= self.noise_prob <= 1:
-            raise ValueError(f"noise_prob={self.noise_prob}; a probability lies in [0, 1]")
+        check_range("noise_snr_db", self.noise_snr_db, or_empty="no noise")
+        check_probability("noise_prob", self.noise_prob)
+        for name in ("pad_front_ms", "pad_behind_ms"):
+            check_range(name, getattr(self, name), least=0, or_empty="no silence")
+            if max(getattr(self, name), default=0) > 10_000:
+                raise ValueError(f"{name}={getattr(self, name)}; silence of more than 10000 ms teaches nothing")
+        check_probability("concat_prob", self.concat_prob)
+        if self.concat_max_s <= 0:
+            raise ValueError(f"concat_max_s={self.concat_max_s}; it must be positive")
+
+    @property
+    def changes_lengths(self) -> str | None:
+        """The first setting, with its value, that makes utterances of an epoch other than the cuts at their speeds."""
+        for name in ("concat_prob", "pad_front_ms", "pad_behind_ms"):
+            if getattr(self, name):
+                return f"{name}={getattr(self, name)}"
+        return None
+
+
+def check_recordings(config: AugmentConfig, *, headers: bool = True) -> None:
+    """Finds the recordings that a configuration names, before the first is wanted.
+
+    Args:
+        config: of the augmentation.
+        headers: look into each of them, which takes about a tenth of a millisecond.
+
+    Raises:
+        UserError: a folder or manifest is missing or holds nothing that can be used, or there is none of a kind that is
+            asked for; or a recording is broken, which is then named.
+    """
+    if config.recorded_noise.path is not None:
+        wanted = noise_probabilities(config.recorded_noise)
+        found = noise_places(config.recorded_noise.path)
+        if headers:
+            check_places(place for kind, prob in wanted.items() if prob > 0 for place in found[kind])
+    if config.reverb.path is not None and config.reverb.prob > 0:
+        responses = response_places(config.reverb.path)
+        if headers:
+            check_places(responses)
 
 
 @dataclass
 class SpecAugmentConfig:
-    """Masking of features (Park et al. 2019, "SpecAugment"; time masks adapt to the length, Park et al. 2020).
+    """Warping and masking of features (Park et al. 2019, "SpecAugment").
 
     Args:
-        time_masks: number of masks along time.
+        time_masks: number of masks along time; they adapt to the length (Park et al. 2020).
         time_mask_max_frames: greatest width of one of them in feature frames of 10 ms.
         time_mask_max_fraction: all masks along time together cover at most this fraction of the utterance, below 1.
         freq_masks: number of masks along frequency.
         freq_mask_max_bins: greatest width of one of them in mel bins.
-        prob: probability that an utterance is masked at all; 0 turns SpecAugment off.
+        prob: probability that an utterance is warped and masked at all; 0 turns SpecAugment off.
+        time_warp_max_frames: W of the paper: a frame at least so far from both ends moves by up to this many feature
+            frames of 10 ms, what lies before it is stretched and what lies behind it is compressed, or the other way
+            round. Utterances of 2 W frames and less stay as they are; 0 turns warping off.
     """
 
     time_masks: int = 5
@@ -81,15 +136,15 @@ class SpecAugmentConfig:
     freq_masks: int = 2
     freq_mask_max_bins: int = 27
     prob: float = 0.9
+    time_warp_max_frames: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("time_masks", "time_mask_max_frames", "freq_masks", "freq_mask_max_bins"):
+        for name in ("time_warp_max_frames", "time_masks", "time_mask_max_frames", "freq_masks", "freq_mask_max_bins"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}; it must not be negative")
         if not 0 <= self.time_mask_max_fraction < 1:
             raise ValueError(f"time_mask_max_fraction={self.time_mask_max_fraction}; it must lie in [0, 1)")
-        if not 0 <= self.prob <= 1:
-            raise ValueError(f"prob={self.prob}; a probability lies in [0, 1]")
+        check_probability("prob", self.prob)
 
 
 def random_generator(seed: int, epoch: int, cut_id: str, transform: str) -> np.random.Generator:
@@ -129,7 +184,9 @@ def augment_samples(
     cut_id: str,
     drawn: dict[str, Any] | None = None,
 ) -> np.ndarray:
-    """Change the level and add noise; a pure function of its arguments.
+    """Reverberate, change the level and add noise; a pure function of its arguments and the recordings that they name.
+
+    Signal-to-noise ratios are those of the whole utterance as it is then, silence and reverberation included.
 
     Args:
         samples: float32 [N] at 16 kHz, without the silent tail.
@@ -137,17 +194,33 @@ def augment_samples(
         seed: seed of the experiment.
         epoch: the epoch, or the number of the copy when features are stored.
         cut_id: the id of the cut, with the suffixes of ``expand_cuts``.
-        drawn: told what was drawn: gain_db; noise and snr_db where there is noise.
+        drawn: told what was drawn: reverb; gain_db; recorded_noise_snr_db; noise and snr_db where there is noise.
 
     Returns:
         float32 [N]. Values may pass 1 in magnitude: features do not mind and clipping would be one more distortion.
+
+    Raises:
+        UserError: a recording of noise or a room response cannot be read (``RecordingError``), or there is none.
     """
+    if config.reverb.path is not None and config.reverb.prob > 0:
+        rng = random_generator(seed, epoch, cut_id, "reverb")
+        if rng.random() < config.reverb.prob:
+            samples = reverberate(samples, draw_response(config.reverb.path, rng))
+            if drawn is not None:
+                drawn["reverb"] = True
     if config.volume_db > 0:
         rng = random_generator(seed, epoch, cut_id, "volume")
         gain_db = rng.uniform(-config.volume_db, config.volume_db)
         samples = samples * np.float32(10.0 ** (gain_db / 20.0))
         if drawn is not None:
             drawn["gain_db"] = gain_db
+    if config.recorded_noise.path is not None:
+        rng = random_generator(seed, epoch, cut_id, "recorded_noise")
+        recorded = draw_noise(config.recorded_noise, rng, samples.size)
+        if recorded is not None:
+            samples = add_noise(samples, *recorded)
+            if drawn is not None:
+                drawn["recorded_noise_snr_db"] = recorded[1]
     if config.noise_snr_db and config.noise_prob > 0:
         rng = random_generator(seed, epoch, cut_id, "noise")
         if rng.random() < config.noise_prob:
@@ -204,7 +277,7 @@ def spec_augment(
     num_frames: int | None = None,
     drawn: dict[str, Any] | None = None,
 ) -> None:
-    """Mask features in place; a pure function of its arguments.
+    """Warp and mask features in place; a pure function of its arguments.
 
     Masked values become the mean of their mel bin over the utterance, which is close to zero for the network after
     normalisation. The silent tail after ``num_frames`` is left alone: masking it would teach nothing.
@@ -232,6 +305,8 @@ def spec_augment(
     if total == 0 or rng.random() >= config.prob:
         return
     audio = features[:total]
+    if total > 2 * config.time_warp_max_frames > 0:
+        audio[:] = time_warp(audio, config.time_warp_max_frames, random_generator(seed, epoch, cut_id, "time_warp"))
     mean = audio.mean(axis=0)
     if config.freq_masks > 0:
         widths = rng.integers(0, config.freq_mask_max_bins + 1, size=config.freq_masks)
@@ -251,3 +326,27 @@ def spec_augment(
 def _note(drawn: dict[str, Any] | None, name: str, starts: np.ndarray, widths: np.ndarray) -> None:
     if drawn is not None:
         drawn[name] = [(start, width) for start, width in zip(starts.tolist(), widths.tolist(), strict=True) if width]
+
+
+def time_warp(features: np.ndarray, max_frames: int, rng: np.random.Generator) -> np.ndarray:
+    """Moves a frame along time and stretches or compresses what lies on its sides, linearly between frames.
+
+    Args:
+        features: float32 [T, F], T > 2 * max_frames.
+        max_frames: the frame lies at least so far from both ends and moves by up to so many frames, W.
+        rng: draws the frame and how far it moves.
+
+    Returns:
+        float32 [T, F]; the first and the last frame stay.
+    """
+    total = len(features)
+    centre = int(rng.integers(max_frames, total - max_frames))
+    # each side keeps a frame of its own
+    low, high = max(-max_frames, 1 - centre), min(max_frames, total - 2 - centre)
+    if high < low:
+        return features.copy()
+    moved = centre + int(rng.integers(low, high + 1))
+    source = np.interp(np.arange(total), [0, moved, total - 1], [0, centre, total - 1])
+    before = np.minimum(source.astype(np.int64), total - 2)
+    share = (source - before).astype(np.float32)[:, None]
+    return features[before] * (1 - share) + features[before + 1] * share

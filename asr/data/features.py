@@ -22,7 +22,7 @@ import torch
 from lhotse import CutSet, Features, MonoCut
 
 from asr.data.audio import SAMPLE_RATE_HZ, audio_problem
-from asr.data.augmentation import AugmentConfig, augment_samples, expand_cuts
+from asr.data.augmentation import AugmentConfig, augment_samples, check_recordings, expand_cuts
 from asr.data.bad_rows import BadRow
 from asr.data.fbank import (
     FRAME_SHIFT_MS,
@@ -34,6 +34,7 @@ from asr.data.fbank import (
     num_feature_frames,
     pad_tail,
 )
+from asr.data.recordings import RecordingError
 from asr.data.storage import STORAGE_NAME, PackedWriter, read_packed
 from asr.errors import UserError
 
@@ -46,6 +47,7 @@ __all__ = [
     "compute_cut_features",
     "compute_features",
     "compute_stats",
+    "features_of",
     "load_samples",
     "load_stored_features",
     "num_audio_frames",
@@ -112,13 +114,31 @@ def compute_cut_features(
     Raises:
         UserError: the audio cannot be read.
     """
-    samples = load_samples(cut)
+    return features_of(load_samples(cut), cut.id, fbank, augment, seed=seed, epoch=epoch)
+
+
+def features_of(
+    samples: np.ndarray,
+    cut_id: str,
+    fbank: Fbank,
+    augment: AugmentConfig | None = None,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+) -> np.ndarray:
+    """Features float32 [T, F] of samples, float32 [N] at 16 kHz without the tail; see ``compute_cut_features``.
+
+    Raises:
+        UserError: samples are not finite, or a recording that augmentation adds cannot be read (``RecordingError``).
+    """
     if augment is not None:
-        samples = augment_samples(samples, augment, seed=seed, epoch=epoch, cut_id=cut.id)
+        samples = augment_samples(samples, augment, seed=seed, epoch=epoch, cut_id=cut_id)
     try:
         return fbank.extract(pad_tail(samples, fbank.config))
     except ValueError as error:
-        raise UserError(f"cut {cut.id}: {error}") from error
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cut {cut_id}: {error}") from error
 
 
 def load_stored_features(cut: MonoCut) -> np.ndarray:
@@ -195,8 +215,11 @@ def compute_features(
         The cuts with their ``Features``, in the order given (all utterances at the first speed, at the second, ...).
 
     Raises:
-        UserError: no cut could be read, or the disk is full or cannot be written.
+        UserError: no cut could be read, or a recording that augmentation adds cannot be; or the disk is full or cannot
+            be written.
     """
+    if augment is not None:
+        check_recordings(augment)
     out_dir = Path(os.path.abspath(out_dir))
     partial = out_dir.with_name(out_dir.name + ".partial")
     plain = [cut.drop_features() for cut in cuts]
@@ -296,6 +319,8 @@ def _compute_task(task: _Task) -> list[Features | BadRow]:
         for cut, copy in zip(task.cuts, task.copies, strict=True):
             try:
                 values = compute_cut_features(cut, fbank, task.augment, seed=task.seed, epoch=copy)
+            except RecordingError:  # no fault of this cut
+                raise
             except UserError as error:
                 source = cut.recording.sources[0].source if cut.recording is not None else cut.id
                 results.append(BadRow(str(source), 0, str(error)))

@@ -24,19 +24,26 @@ from lhotse import CutSet, MonoCut
 from torch.utils.data import DataLoader, Dataset
 
 from asr.data.audio import SAMPLE_RATE_HZ
-from asr.data.augmentation import AugmentConfig, SpecAugmentConfig, random_generator, spec_augment
+from asr.data.augmentation import (
+    AugmentConfig,
+    SpecAugmentConfig,
+    check_recordings,
+    random_generator,
+    spec_augment,
+)
 from asr.data.batch import Batch, collate
 from asr.data.features import (
     Fbank,
     FeatureConfig,
     check_stored_features,
-    compute_cut_features,
+    features_of,
     load_stored_features,
     num_audio_frames,
     num_encoder_frames,
 )
-from asr.data.packed_cuts import ExpandedCuts, JoinedCuts, PackedCuts, cuts_of_epoch, durations_of
+from asr.data.packed_cuts import ChosenCuts, ExpandedCuts, JoinedCuts, PackedCuts, cuts_of_epoch
 from asr.data.tokenizer import Tokenizer, UnknownToken
+from asr.data.utterances import Utterance, Utterances
 from asr.errors import UserError
 
 PREFETCH_PER_WORKER = 3
@@ -49,7 +56,7 @@ class DataConfig:
     Args:
         features: the features and whether they are stored.
         augment: augmentation of the waveform of training cuts.
-        spec_augment: masking of the features of training cuts.
+        spec_augment: warping and masking of the features of training cuts.
         max_duration_s: audio seconds in a batch at most, counted as utterances times the longest they may be; one
             utterance that is longer forms a batch of its own.
         max_lattice_cells: of a training batch at most: utterances times encoder frames of the longest times tokens and
@@ -96,6 +103,13 @@ class DataConfig:
                 most = "1 with stored features" if self.features.storage == "stored" else "100"
                 raise ValueError(
                     f"more_cuts has {path}: {share}; how much of it an epoch holds is above 0, at most {most}"
+                )
+        # the parser makes the whole before its parts
+        if isinstance(self.augment, AugmentConfig) and isinstance(self.features, FeatureConfig):
+            changed = self.augment.changes_lengths
+            if changed is not None and self.features.storage == "stored":
+                raise ValueError(
+                    f"augment.{changed} needs features.storage=on_the_fly: stored features are those of single cuts"
                 )
 
 
@@ -163,10 +177,10 @@ class BatchLoader(Iterable[Batch]):
 
 
 class BatchDataset(Dataset[Batch]):
-    """Turns a list of cut numbers into a Batch: a pure function, run in workers.
+    """Turns a list of numbers into a Batch: a pure function, run in workers.
 
     Args:
-        cuts: all cuts of the epoch.
+        utterances: all of the epoch.
         tokenizer: None leaves targets empty.
         config: features and augmentation.
         seed: seed of the experiment.
@@ -174,9 +188,14 @@ class BatchDataset(Dataset[Batch]):
     """
 
     def __init__(
-        self, cuts: Sequence[MonoCut], tokenizer: Tokenizer | None, config: DataConfig, seed: int, epoch: int | None
+        self,
+        utterances: Sequence[Utterance],
+        tokenizer: Tokenizer | None,
+        config: DataConfig,
+        seed: int,
+        epoch: int | None,
     ) -> None:
-        self._cuts = cuts
+        self._utterances = utterances
         self._tokenizer = tokenizer
         self._config = config
         self._seed = seed
@@ -184,47 +203,51 @@ class BatchDataset(Dataset[Batch]):
         self._fbank = Fbank(config.features)
 
     def __len__(self) -> int:
-        return len(self._cuts)
+        return len(self._utterances)
 
     def __getitem__(self, indices: list[int]) -> Batch | _Failure:  # type: ignore[override]
         try:
-            return self._load([self._cuts[index] for index in indices])
+            return self._load([self._utterances[index] for index in indices])
         except UserError as error:
             # an exception would arrive with the traceback of the worker in its message
             return _Failure(str(error))
 
-    def _load(self, cuts: list[MonoCut]) -> Batch:
-        texts = [transcript(cut) for cut in cuts]
-        targets = [self._encode(cut, text) for cut, text in zip(cuts, texts, strict=True)]
-        features = [self._features(cut) for cut in cuts]
-        batch = collate(features, targets, [cut.id for cut in cuts], texts, [cut.duration for cut in cuts])
+    def _load(self, rows: list[Utterance]) -> Batch:
+        texts = [self._text(row) for row in rows]
+        targets = [self._encode(row, text) for row, text in zip(rows, texts, strict=True)]
+        features = [self._features(row) for row in rows]
+        batch = collate(features, targets, [row.id for row in rows], texts, [row.duration_s for row in rows])
         if self._epoch is not None and self._config.spec_augment.prob > 0:
             # on the padded copy: stored features are a read-only map
-            for row, cut in zip(batch.features.numpy(), cuts, strict=True):
+            for values, row in zip(batch.features.numpy(), rows, strict=True):
                 spec_augment(
-                    row,
+                    values,
                     self._config.spec_augment,
                     seed=self._seed,
                     epoch=self._epoch,
-                    cut_id=cut.id,
-                    num_frames=num_audio_frames(cut.num_samples),
+                    cut_id=row.id,
+                    num_frames=num_audio_frames(row.num_samples),
                 )
         return batch
 
-    def _encode(self, cut: MonoCut, text: str) -> list[int]:
+    def _text(self, row: Utterance) -> str:
+        texts = [transcript(cut) for cut in row.cuts]
+        return texts[0] if len(texts) == 1 or self._tokenizer is None else self._tokenizer.join(texts)
+
+    def _encode(self, row: Utterance, text: str) -> list[int]:
         if self._tokenizer is None:
             return []
         try:
             return self._tokenizer.encode(text)
         except UnknownToken as error:
-            raise UserError(f"cut {cut.id}: {error}") from error
+            raise UserError(f"cut {row.id}: {error}") from error
 
-    def _features(self, cut: MonoCut) -> np.ndarray:
-        if cut.features is not None:
-            return load_stored_features(cut)
+    def _features(self, row: Utterance) -> np.ndarray:
+        if row.cuts[0].features is not None:
+            return load_stored_features(row.cuts[0])
         if self._epoch is None:
-            return compute_cut_features(cut, self._fbank)
-        return compute_cut_features(cut, self._fbank, self._config.augment, seed=self._seed, epoch=self._epoch)
+            return features_of(row.load(), row.id, self._fbank)
+        return features_of(row.load(), row.id, self._fbank, self._config.augment, seed=self._seed, epoch=self._epoch)
 
 
 def train_loader(
@@ -239,7 +262,7 @@ def train_loader(
     rank: int = 0,
     size: int = 1,
 ) -> BatchLoader:
-    """Augmented batches of one epoch, in random order, every cut exactly once, or as ``JoinedCuts`` has it.
+    """Augmented batches of one epoch, in random order, every cut once, or as ``JoinedCuts`` has it; some joined.
 
     Of several processes, each takes every size-th batch of the same order. Where they do not come out even, a process
     without a batch in the last round gets the first of that round to stand in, which must not count.
@@ -258,8 +281,9 @@ def train_loader(
         rank, size: number of this process, and of all.
 
     Raises:
-        UserError: there are no cuts; or stored features are missing or were made with other settings. While
-            iterating: a cut cannot be loaded, or a worker was killed.
+        UserError: there are no cuts; stored features are missing or were made with other settings; or there are no
+            recordings for augmentation. While iterating: a cut or such a recording cannot be loaded, or a worker was
+            killed.
     """
     plain = cuts if isinstance(cuts, PackedCuts | JoinedCuts) else list(cuts)
     if not plain:
@@ -269,29 +293,54 @@ def train_loader(
     stored = config.features.storage == "stored"
     if stored and plain is not cuts:
         check_stored_features(plain, config.features)
-    joined = plain if isinstance(plain, JoinedCuts) else None
-    times = 1 if joined is None else max(1, math.ceil(max(joined.shares)))
-    of_epoch = plain if stored else ExpandedCuts(plain, config.augment, times)
-    durations_s = durations_of(of_epoch)
-    places = len(of_epoch) // len(plain) // times
-    chosen = None if joined is None else cuts_of_epoch(joined, places, seed=seed, epoch=epoch)
-    batches = plan_epoch(durations_s if chosen is None else durations_s[chosen], config, seed=seed, epoch=epoch)
-    if chosen is not None:
-        batches = [chosen[batch].tolist() for batch in batches]
-    if config.max_lattice_cells:
-        frames = [num_encoder_frames(round(s * SAMPLE_RATE_HZ), config.features) for s in durations_s.tolist()]
+    of_epoch, chosen = _cuts_of_epoch(plain, config, seed, epoch)
+    if not stored:
+        check_recordings(config.augment, headers=False)  # before workers are forked, which then share the lists
+    tokens: list[int] = []
+    if config.max_lattice_cells or config.augment.concat_prob > 0:
         counted = plain.tokens if isinstance(plain, PackedCuts | JoinedCuts) else None
-        tokens = (
-            [len(tokenizer.encode(transcript(cut))) for cut in plain] if counted is None else counted.tolist()
-        ) * (len(of_epoch) // len(plain))
-        batches = split_by_lattice(batches, frames, tokens, config.max_lattice_cells)
-    dataset = BatchDataset(of_epoch, tokenizer, config, seed, epoch)
+        if counted is None:
+            counted = np.array([len(tokenizer.encode(transcript(cut))) for cut in plain])
+        tokens = counted[chosen % len(plain)].tolist()
+
+    def fits(first: int, second: int, num_samples: int) -> bool:
+        # a token a frame, as of cuts (check_cuts); one may come between them
+        return tokens[first] + tokens[second] + 1 <= num_encoder_frames(num_samples, config.features)
+
+    utterances = Utterances(
+        of_epoch,
+        None if stored else config.augment,
+        seed=seed,
+        epoch=epoch,
+        order=None if config.shuffle else np.arange(len(of_epoch)),
+        max_s=min(config.augment.concat_max_s, config.max_duration_s),
+        fits=fits,
+    )
+    batches = plan_epoch(utterances.durations_s, config, seed=seed, epoch=epoch)
+    if config.max_lattice_cells:
+        lengths_s = utterances.durations_s.tolist()
+        frames = [num_encoder_frames(round(s * SAMPLE_RATE_HZ), config.features) for s in lengths_s]
+        batches = split_by_lattice(batches, frames, utterances.tokens(tokens), config.max_lattice_cells)
+    dataset = BatchDataset(utterances, tokenizer, config, seed, epoch)
     left = batches[skip_batches:]
     own = left[rank::size]
     count = len(own)
     if count < -(-len(left) // size):
         own.append(left[(len(left) - 1) // size * size])
     return BatchLoader(dataset, own, config.num_workers, pin_memory, count)
+
+
+def _cuts_of_epoch(
+    plain: Sequence[MonoCut], config: DataConfig, seed: int, epoch: int
+) -> tuple[Sequence[MonoCut], np.ndarray]:
+    """The cuts of an epoch at all speeds, and for each number a + k * len(plain) of the a-th of the plain cuts."""
+    stored = config.features.storage == "stored"
+    times = max(1, math.ceil(max(plain.shares))) if isinstance(plain, JoinedCuts) else 1
+    expanded = plain if stored else ExpandedCuts(plain, config.augment, times)
+    if not isinstance(plain, JoinedCuts):
+        return expanded, np.arange(len(expanded))
+    chosen = cuts_of_epoch(plain, len(expanded) // len(plain) // times, seed=seed, epoch=epoch)
+    return ChosenCuts(expanded, chosen), chosen
 
 
 def eval_loader(
@@ -337,7 +386,8 @@ def eval_loader(
         else:
             batches.append([index])
     workers = config.num_workers if num_workers is None else num_workers
-    return BatchLoader(BatchDataset(cut_list, tokenizer, config, 0, None), batches[rank::size], workers, pin_memory)
+    dataset = BatchDataset(Utterances(cut_list), tokenizer, config, 0, None)
+    return BatchLoader(dataset, batches[rank::size], workers, pin_memory)
 
 
 def transcript(cut: MonoCut) -> str:

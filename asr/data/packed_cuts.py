@@ -183,6 +183,17 @@ class JoinedCuts(_Cuts):
             yield from part
 
 
+class ChosenCuts(_Cuts):
+    """Those cuts of a list that have these numbers, in their order."""
+
+    def __init__(self, cuts: Sequence[MonoCut], numbers: np.ndarray) -> None:
+        self._cuts, self._numbers = cuts, numbers
+        self.durations_s = durations_of(cuts)[numbers]
+
+    def _at(self, number: int) -> MonoCut:
+        return self._cuts[int(self._numbers[number])]
+
+
 def mean_share(cuts: object) -> np.ndarray | float:
     """How often an epoch holds each cut on average, float64 [N], or 1 for all."""
     return np.repeat(cuts.shares, cuts.sizes) if isinstance(cuts, JoinedCuts) else 1.0

@@ -151,6 +151,12 @@ class Tokenizer:
                 pieces.append(self._symbols[token])
         return _normalise("".join(pieces).replace(SPACE, " "))
 
+    def join(self, texts: Sequence[str]) -> str:
+        """One text of several, with a space between where texts have spaces. Its tokens are theirs, and at most one
+        between two."""
+        spaced = self.kind != "char" or SPACE in self._ids
+        return (" " if spaced else "").join(text.strip() for text in texts)
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, blank included."""

@@ -138,6 +138,10 @@ def _draws(one: ShownCut) -> list[str]:
     said = [f"speed {one.speed:g}"]
     if one.samples_after is not None:
         said.append(f"{one.drawn['gain_db']:+.1f} dB" if "gain_db" in one.drawn else "level as it is")
+        if "reverb" in one.drawn:
+            said.append("in a room")
+        if "recorded_noise_snr_db" in one.drawn:
+            said.append(f"recorded noise at {one.drawn['recorded_noise_snr_db']:.1f} dB SNR")
         noisy = "noise" in one.drawn
         said.append(f"{one.drawn['noise']} noise at {one.drawn['snr_db']:.1f} dB SNR" if noisy else "no noise")
     for name, what in (("masked_bins", "mel bins"), ("masked_frames", "frames")):

@@ -320,12 +320,19 @@ def _batch(size: int, longest: tuple[int, int], model: Transducer, device: torch
 
 
 def longest_utterance(cuts: Any, tokenizer: Tokenizer, config: DataConfig) -> tuple[int, int]:
-    """Feature frames and tokens of the longest utterance, by the hundred longest cuts."""
+    """Feature frames and tokens of the longest utterance, by the hundred longest cuts; with silence, and joined."""
     plain = cuts if isinstance(cuts, PackedCuts) else list(cuts)
     longest = [plain[number] for number in np.argsort(-durations_of(plain), kind="stable")[:100].tolist()]
     # stored features are of all speeds already
-    slowest = 1.0 if config.features.storage == "stored" else min(1.0, *config.augment.speed_factors)
-    samples = math.ceil(longest[0].duration / slowest * SAMPLE_RATE_HZ)
+    augment = config.augment
+    slowest = 1.0 if config.features.storage == "stored" else min(1.0, *augment.speed_factors)
+    silence_s = (max(augment.pad_front_ms, default=0.0) + max(augment.pad_behind_ms, default=0.0)) / 1000
+    longest_s = longest[0].duration / slowest + silence_s
+    joined = augment.concat_prob > 0
+    if joined:
+        longest_s = max(longest_s, min(2 * longest_s, augment.concat_max_s, config.max_duration_s))
+    samples = math.ceil(longest_s * SAMPLE_RATE_HZ)
     frames = num_feature_frames(samples, config.features)
     tokens = max((len(tokenizer.encode(p.text)) for cut in longest for p in cut.supervisions if p.text), default=1)
+    tokens = 2 * tokens + 1 if joined else tokens
     return frames, max(1, min(tokens, (frames - 3) // 4))  # "modified" spends a frame on each

@@ -15,6 +15,7 @@ import numpy as np
 
 from asr.atomic import write_whole
 from asr.config import Experiment
+from asr.data.augmentation import check_recordings
 from asr.data.bad_rows import BadRow, report_bad_rows
 from asr.data.features import FeatureStats, check_stored_features
 from asr.data.manifests import checked_cuts
@@ -40,10 +41,13 @@ def load_train_data(
     The reasons are in ``out / "bad_rows.txt"``.
 
     Raises:
-        UserError: a manifest that cannot be used; bad rows under ``data.strict``, or too many of them.
+        UserError: a manifest that cannot be used; recordings for augmentation that are not there or broken; bad rows
+            under ``data.strict``, or too many of them.
     """
     # stored features are used without the audio, which may be gone by now
     on_the_fly = experiment.data.features.storage != "stored"
+    if on_the_fly:
+        check_recordings(experiment.data.augment, headers=place().first)
     # stored features hold every speed already, each as a cut of its own
     fastest = max(experiment.data.augment.speed_factors) if on_the_fly else 1.0
     more = {Path(path): share for path, share in experiment.data.more_cuts.items()}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from asr.data.augmentation import (
     pink_noise,
     random_generator,
     spec_augment,
+    time_warp,
     white_noise,
 )
 from asr.data.features import load_samples
@@ -34,7 +36,14 @@ def masked(seed: int = 0, epoch: int = 0, cut_id: str = "a") -> np.ndarray:
     return features
 
 
-@pytest.mark.parametrize("augment", [augmented, masked])
+def warped(seed: int = 0, epoch: int = 0, cut_id: str = "a") -> np.ndarray:
+    features = np.random.default_rng(0).standard_normal((300, 80)).astype(np.float32)
+    config = SpecAugmentConfig(time_masks=0, freq_masks=0, prob=1.0, time_warp_max_frames=40)
+    spec_augment(features, config, seed=seed, epoch=epoch, cut_id=cut_id)
+    return features
+
+
+@pytest.mark.parametrize("augment", [augmented, masked, warped])
 def test_result_is_a_function_of_seed_epoch_and_id(augment) -> None:
     first = augment(seed=1, epoch=2, cut_id="x")
     augment(seed=5, epoch=5, cut_id="y")  # nothing is left behind by other calls
@@ -177,6 +186,45 @@ def test_masks_do_mask() -> None:
     assert 18 < hidden_freq / 50 < 27
 
 
+@settings(max_examples=300, deadline=None)
+@given(frames=st.integers(1, 300), max_frames=st.integers(1, 150), seed=st.integers(0, 10_000))
+def test_a_warp_moves_one_frame_and_keeps_order_and_length(frames: int, max_frames: int, seed: int) -> None:
+    if frames <= 2 * max_frames:
+        return
+    # a frame's value is its place
+    places = np.arange(frames, dtype=np.float32)[:, None] * np.array([[1, 100]], np.float32)
+    found = time_warp(places, max_frames, np.random.default_rng(seed))
+    assert found.shape == places.shape and found.dtype == np.float32
+    np.testing.assert_allclose(found[:, 1], 100 * found[:, 0], rtol=1e-5, atol=1e-3)
+    assert found[0, 0] == 0 and found[-1, 0] == frames - 1
+    assert (np.diff(found[:, 0]) > 0).all()
+    assert np.abs(found[:, 0] - places[:, 0]).max() <= max_frames + 1e-3
+    # two straight lines
+    assert (np.abs(np.diff(found[:, 0], 2)) > 1e-3).sum() <= 2
+
+
+def test_warps_reach_their_bound_in_both_directions() -> None:
+    places = np.arange(200, dtype=np.float32)[:, None]
+    moved = [time_warp(places, 20, np.random.default_rng(seed)) - places for seed in range(300)]
+    # where a frame comes from k frames later, what lies before it was compressed
+    largest = [m.flat[np.abs(m).argmax()] for m in moved]
+    assert -20 <= min(largest) < -18 and 18 < max(largest) <= 20
+
+
+def test_warping_leaves_masks_tail_and_short_utterances_alone() -> None:
+    plain = SpecAugmentConfig(prob=1.0)
+    warping = replace(plain, time_warp_max_frames=30)
+    original = np.random.default_rng(0).standard_normal((120, 80)).astype(np.float32)
+    for audio, changed in ((60, False), (61, True), (100, True)):
+        one, two = original.copy(), original.copy()
+        spec_augment(one, plain, seed=0, epoch=0, cut_id="a", num_frames=audio)
+        spec_augment(two, warping, seed=0, epoch=0, cut_id="a", num_frames=audio)
+        np.testing.assert_array_equal(two[audio:], original[audio:])
+        assert (one != two).any() == changed
+        # masked bins are constant in both, and the same
+        np.testing.assert_array_equal(np.ptp(one[:audio], axis=0) == 0, np.ptp(two[:audio], axis=0) == 0)
+
+
 def test_too_wide_frequency_masks_are_refused() -> None:
     with pytest.raises(ValueError, match="all 40 mel bins"):
         spec_augment(np.zeros((10, 40), np.float32), SpecAugmentConfig(), seed=0, epoch=0, cut_id="a")
@@ -193,7 +241,13 @@ def test_too_wide_frequency_masks_are_refused() -> None:
         (lambda: AugmentConfig(noise_snr_db=[10]), "two numbers"),
         (lambda: AugmentConfig(noise_snr_db=[20, 10]), "must not exceed"),
         (lambda: AugmentConfig(noise_prob=1.5), "noise_prob=1.5"),
+        (lambda: AugmentConfig(concat_prob=2), "concat_prob=2"),
+        (lambda: AugmentConfig(concat_max_s=0), "concat_max_s=0"),
+        (lambda: AugmentConfig(pad_front_ms=[-1, 5]), "at least 0"),
+        (lambda: AugmentConfig(pad_behind_ms=[5]), "for no silence"),
+        (lambda: AugmentConfig(pad_behind_ms=[5, 20_000]), "more than 10000 ms"),
         (lambda: SpecAugmentConfig(time_masks=-1), "time_masks=-1"),
+        (lambda: SpecAugmentConfig(time_warp_max_frames=-1), "time_warp_max_frames=-1"),
         (lambda: SpecAugmentConfig(time_mask_max_fraction=1.0), "time_mask_max_fraction=1.0"),
         (lambda: SpecAugmentConfig(prob=-0.1), "prob=-0.1"),
     ],

@@ -116,6 +116,18 @@ def test_the_longest_utterance_has_the_slowest_speed_where_it_is_still_to_come()
     assert 200 <= frames < 300 and 400 <= slow < 500 and tokens == 2
 
 
+def test_the_longest_utterance_has_silence_and_may_be_two() -> None:
+    cuts = [SimpleNamespace(duration=s, supervisions=[SimpleNamespace(text="ONE TWO")]) for s in (2.0, 1.0)]
+    settings = ["data.features.storage=on_the_fly", "data.augment.pad_front_ms=[0, 500]", "data.max_duration_s=20"]
+    frames, _ = longest_utterance(cuts, TOKENIZER, experiment(*settings).data)
+    assert 250 <= frames < 320
+    joined = [*settings, "data.augment.concat_prob=0.1"]
+    frames, tokens = longest_utterance(cuts, TOKENIZER, experiment(*joined).data)
+    assert 500 <= frames < 570 and tokens == 5
+    frames, _ = longest_utterance(cuts, TOKENIZER, experiment(*joined, "data.augment.concat_max_s=4").data)
+    assert 400 <= frames < 470
+
+
 def test_a_run_within_a_limit_ends_in_the_same_weights(data: TrainData, tmp_path: Path) -> None:
     """Where nothing has to change nothing does; too small a limit is refused with one that holds."""
     settings = [*NO_DROPOUT, "training.max_epochs=1"]

@@ -121,3 +121,14 @@ def test_other_corpora_train_beside_the_own_one(tmp_path: Path) -> None:
         assert sum(batch.size for batch in loader) == 2 * 4
     with pytest.raises(UserError, match="more_cuts has .*: 2"):
         experiment("data.features.storage=stored", f"data.more_cuts={{{other}: 2.0}}")
+
+
+@pytest.mark.parametrize("key", ["recorded_noise", "reverb"])
+def test_recordings_for_augmentation_are_looked_for_before_training(tmp_path: Path, key: str) -> None:
+    (tmp_path / "empty").mkdir()
+    setting = f"data.augment.{key}.path={tmp_path / 'empty'}"
+    with pytest.raises(UserError, match=f"data.augment.{key}.path: the folder .*empty holds no audio files"):
+        load(tmp_path, experiment("data.features.storage=on_the_fly", "data.max_bad_fraction=0.5", setting))
+    (tmp_path / "empty" / "a.wav").write_bytes(b"")
+    with pytest.raises(UserError, match="recording .*a.wav for augmentation: the file is empty"):
+        load(tmp_path, experiment("data.features.storage=on_the_fly", "data.max_bad_fraction=0.5", setting))

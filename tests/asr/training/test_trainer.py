@@ -176,7 +176,8 @@ def test_stored_features_use_all_audio_once_an_epoch(finished: Path) -> None:
 def test_on_the_fly_reaches_the_end_of_its_learning_rate(data: TrainData, tmp_path: Path) -> None:
     cuts = CutSet.from_cuts(cut.drop_features() for cut in data.train_cuts)
     augment = "data.augment={speed_factors: [0.8, 1.0, 1.25], copies: 2, volume_db: 3, noise_prob: 0.5}"
-    config = experiment("data.features.storage=on_the_fly", augment, "training.ema_decay=0")
+    joined = ["data.augment.concat_prob=0.5", "data.augment.pad_front_ms=[50, 100]"]
+    config = experiment("data.features.storage=on_the_fly", augment, *joined, "training.ema_decay=0")
     trainer = make_trainer(config, TrainData(cuts, data.valid_cuts, TOKENIZER), tmp_path)
     trainer.run(Termination())
     assert trainer.progress.consumed_s == pytest.approx(trainer.stepper.total_s, rel=1e-4)

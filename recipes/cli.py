@@ -18,6 +18,7 @@ from asr.cli.guard import Parser, end_of_process, guarded, log_to_stdout, neares
 from asr.errors import UserError
 from recipes.corpora import CORPORA
 from recipes.engine import StageStopped
+from recipes.sounds import SOUNDS
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = "download, prepare, features, tokenizer, train, average, decode, export, verify"
@@ -110,6 +111,8 @@ def make_parser(corpus: str) -> Parser:
     add("--exp-dir", type=Path, default=default_exp_dir(corpus), metavar="DIR", help="where everything is written")
     add("--corpus-dir", type=Path, metavar="DIR", help="the unpacked corpus: nothing is downloaded then")
     add("--download-dir", type=Path, default=default_download_dir(corpus), metavar="DIR", help="where downloads go")
+    for name, sounds in SOUNDS.items():
+        add(f"--with-{name}", nargs="?", const="", metavar="DIR", help=sounds.help)
     add("--seed", type=int, metavar="N", help="seed of the training (weights, batches, dropout); see --data-seed")
     text = "seed of prepared data (made strings, test list, stored augmentation); --seed leaves it alone, so that all "
     text += "trainings are tested on one list"

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 from asr.cli.guard import stopped_by_sigterm
 from asr.config import Experiment, load_experiment, to_dict
+from asr.data.augmentation import check_recordings
 from asr.data.bad_rows import BadRow, report_bad_rows
 from asr.data.manifests import load_cuts, save_cuts
 from asr.device import resolve_device
@@ -44,6 +45,7 @@ from recipes.decoding import chosen_chunks, print_decoded, result_files, run_dec
 from recipes.engine import DONE_DIR, Pipeline, Stage, StageStopped, write_atomic
 from recipes.estimates import audio_of_stage
 from recipes.launch import average_on_processes, train_on_processes
+from recipes.sounds import SOUNDS, Chosen, chosen_sounds
 
 if TYPE_CHECKING:
     from lhotse import CutSet
@@ -70,6 +72,7 @@ class Recipe:
     num_processes: int = 1
     nodes: Nodes = Nodes()
     chunks: Sequence[Milliseconds] = ("full",)
+    sounds: tuple[Chosen, ...] = ()
 
     def path(self, name: str) -> Path:
         """A path of the experiment folder."""
@@ -81,7 +84,8 @@ class Recipe:
 
 
 def run_download(recipe: Recipe) -> None:
-    """Fetches the corpus, or takes the folder that the user has; leaves a note of where it is."""
+    """Fetches the corpus, or takes the folder that the user has; leaves a note of where it is. So with recordings for
+    augmentation, which are looked through here, long before training wants them."""
     folder = recipe.corpus_dir
     if folder is None:
         folder = recipe.corpus.download(recipe.download_dir, recipe.options)
@@ -92,6 +96,9 @@ def run_download(recipe: Recipe) -> None:
     note = {"corpus_dir": str(folder.absolute()), "given": recipe.corpus_dir is not None}
     write_atomic(recipe.path(CORPUS_FILE), json.dumps(note) + "\n")
     print(f"  corpus: {folder}", flush=True)
+    for sounds in recipe.sounds:
+        print(f"  {sounds.name}: {sounds.settle()}", flush=True)
+    check_recordings(recipe.experiment.data.augment)
 
 
 def run_prepare(recipe: Recipe) -> None:
@@ -146,13 +153,16 @@ def run_tokenizer(recipe: Recipe) -> None:
 
 
 def check_beginning(recipe: Recipe) -> None:
-    """Whether a new training finds the checkpoint whose weights it is to begin with.
+    """Whether a new training finds the checkpoint whose weights it is to begin with, and recordings for augmentation.
 
     Raises:
-        UserError: it is not there or no checkpoint; or it is of the training that this one sets aside.
+        UserError: the checkpoint is not there or no checkpoint, or it is of the training that this one sets aside; or
+            there are no recordings.
     """
     from asr import checkpoint
 
+    if recipe.experiment.data.features.storage != "stored":
+        check_recordings(recipe.experiment.data.augment, headers=False)
     given = recipe.experiment.training.init_from
     if given is None:
         return
@@ -292,7 +302,9 @@ def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Mill
     tokens = ("tokenizer/tokenizer.json",)
     training = ("seed", "data", "model", "loss", "optim", "training")
     return [
-        Stage("download", run_download, (), (CORPUS_FILE,), ("corpus.name", "corpus.archives"), ("corpus.dir",)),
+        Stage(
+            "download", run_download, (), (CORPUS_FILE,), ("corpus.name", "corpus.archives"), ("corpus.dir", "sounds")
+        ),
         Stage(
             "prepare",
             run_prepare,
@@ -387,6 +399,8 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
         overrides.append(f"training.init_from={Path(args.init_from).absolute()}")
     if args.strict:
         overrides.append("data.strict=true")
+    sounds = chosen_sounds({key: getattr(args, f"with_{key}") for key in SOUNDS}, args.download_dir)
+    overrides += [chosen.setting for chosen in sounds]
     experiment = load_experiment([*([config] if config else []), *args.config], overrides)
     chunks = chosen_chunks(args.decode_chunks, experiment, options)
     nodes = Nodes(args.nodes, args.node_rank, args.master)
@@ -414,6 +428,7 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
         num_processes=args.nproc,
         nodes=nodes,
         chunks=chunks,
+        sounds=tuple(sounds),
     )
     settings = {
         "experiment": to_dict(experiment),
@@ -425,6 +440,7 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
         },
         "data_seed": args.data_seed,
         "decode_chunks": chunks,
+        "sounds": {key: getattr(args, f"with_{key}") for key in SOUNDS},
     }
     return recipe, Pipeline(stages(experiment, options, chunks), args.exp_dir, settings, command)
 

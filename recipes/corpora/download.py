@@ -8,6 +8,7 @@ import shutil
 import tarfile
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,18 +98,20 @@ def find_wavs(
     raise UserError(f"no wav files of {corpus} in {looked}; pass --corpus-dir a folder with {expected}")
 
 
-def lhotse_download(run: Callable[[], object], folder: Path) -> Path:
+def lhotse_download(
+    run: Callable[[], object], folder: Path, what: str = "the corpus", option: str = "--corpus-dir FOLDER"
+) -> Path:
     """A downloader of lhotse, which takes up a broken download where it ended; ``folder`` is where the corpus then is.
+    ``what`` it is and the ``option`` that takes a folder instead are for messages.
 
     Raises UserError without a network, and for an archive that cannot be unpacked.
     """
     try:
         run()
-    except (OSError, http.client.HTTPException, tarfile.TarError, EOFError) as error:
+    except (OSError, http.client.HTTPException, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         reason = " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__
         raise UserError(
-            f"cannot download the corpus ({reason}); try again with a network, or pass --corpus-dir FOLDER if you have "
-            "it"
+            f"cannot download {what} ({reason}); try again with a network, or pass {option} if you have it"
         ) from error
     if not folder.is_dir():
         raise UserError(f"the download left no {folder}; delete {folder.parent} and run the download stage again")

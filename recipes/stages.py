@@ -115,6 +115,11 @@ def run_prepare(recipe: Recipe) -> None:
     for split in recipe.options.splits:
         if prepared.counts[split] == 0:
             raise UserError(f"no {split} utterances in {folder}; reasons in {path}")
+    if prepared.preflight is not None:
+        from recipes.corpora.preflight_page import write_page
+
+        for line in write_page(prepared, prepared.preflight, recipe.experiment, recipe.device):
+            print(f"  {line}", flush=True)
 
 
 def run_features(recipe: Recipe) -> None:

@@ -26,11 +26,11 @@ from asr.data.loader import DataConfig
 from asr.data.packed_cuts import PackedCuts, durations_of
 from asr.data.tokenizer import Tokenizer
 from asr.errors import UserError
-from asr.models.transducer import LossConfig, Transducer
+from asr.models.transducer import LossConfig, Transducer, build_model
 from asr.training.activations import MODES, checkpoint_activations, measure, total_bytes, within_budget
 from asr.training.memory import keep_freed_memory, peak_bytes_of, return_freed_memory, used_bytes
 from asr.training.pieces import free_memory, is_out_of_memory
-from asr.training.precision import autocast
+from asr.training.precision import autocast, resolve_precision
 from asr.training.ranks import Ranks
 from losses.memory import parse_limit, text_of
 
@@ -201,6 +201,39 @@ def _said(experiment: Experiment, plan: MemoryPlan, static: float, frames: int) 
         f" left a batch of {experiment.data.max_duration_s:g} s would take {text_of(costs.cost(most, frames))}, its"
         f" longest utterance alone {text_of(costs.cost(1, frames))}"
     )
+
+
+def expected_peak(
+    experiment: Experiment, vocab_size: int, longest: tuple[int, int], device: torch.device
+) -> tuple[float, float]:
+    """What one process is expected to hold during the largest step that the configuration allows, without a limit.
+
+    Measured on a new model for one utterance and for several of the longest, and extended to a batch of
+    ``data.max_duration_s``. Settings of the allocator change: call it in a process of its own.
+
+    Args:
+        experiment: its configuration.
+        vocab_size: tokens, blank included.
+        longest: feature frames and tokens of the longest utterance.
+        device: where training is to be.
+
+    Returns:
+        Bytes of all, and of what is always there.
+
+    Raises:
+        UserError: this system does not tell how much memory a process has.
+        MemoryError: there is not enough to measure it.
+    """
+    model = build_model(experiment, vocab_size).to(device)
+    precision = resolve_precision(experiment.training.precision, device)
+    probe = _Probe(experiment, model, longest, Ranks(), device, precision)
+    static = probe.static(experiment.memory.offload)
+    costs = probe.costs(_given(experiment), None, math.inf)
+    frames = max(longest[0], round(experiment.data.max_duration_s * FRAMES_PER_S))
+    total = static + costs.cost(1, frames)
+    if not math.isfinite(total):
+        raise MemoryError
+    return total, static
 
 
 class _Probe:

@@ -28,6 +28,8 @@ from recipes.corpora.audio import pcm_digest, to_pcm16, write_wav
 if TYPE_CHECKING:  # lhotse imports torch: listing corpora and their options must not wait for it
     from lhotse import CutSet, MonoCut
 
+    from recipes.corpora.preflight import Preflight
+
 TRAINED = ("train", "valid")
 
 
@@ -95,6 +97,7 @@ class Prepared:
 
     ``checksums`` maps each split (and each further list that the corpus writes) to a SHA-256 that depends on ids,
     transcripts and samples only, not on paths or times. ``num_rows`` counts all rows that were looked at, bad ones too.
+    ``preflight`` is what was found out about somebody's own recordings.
     """
 
     data_dir: Path
@@ -105,6 +108,7 @@ class Prepared:
     num_rows: int
     checksums: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    preflight: Preflight | None = None
 
     def load(self, split: str) -> CutSet:
         """The cuts of "train", "valid" or a test set."""

@@ -14,7 +14,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from recipes.corpora.kaldi_folder import (
     missing_files,
     read_kaldi_folder,
 )
-from recipes.corpora.preflight import Heard, report
+from recipes.corpora.preflight import Heard, look
 
 NAME = "custom"
 _NAMES = {"train": ("train",), "valid": ("valid", "dev"), "test": ("test", "eval")}
@@ -104,52 +104,65 @@ def _read(place: Path, bad: Bad) -> list[Spoken]:
         else:
             whole = cut.start == 0 and abs(cut.duration - cut.recording.duration) < 1e-3
             start_s, end_s = (None, None) if whole else (cut.start, cut.end)
-            speaker = cut.supervisions[0].speaker or cut.id
-            found.append(
-                Spoken(cut.id, str(Path(sources[0].source).absolute()), text, speaker, place, line, start_s, end_s)
-            )
+            named = cut.supervisions[0].speaker
+            source = str(Path(sources[0].source).absolute())
+            speaker, has_speaker = named or cut.id, bool(named)
+            found.append(Spoken(cut.id, source, text, speaker, place, line, start_s, end_s, has_speaker))
     return found
 
 
-def _hold_out(sets: dict[str, list[Spoken]], part: float) -> list[str]:
-    """Moves utterances of train to the sets that are missing, by a hash of their recording; says so."""
+def _hold_out(heard: dict[str, list[Heard]], part: float, writer: CorpusWriter) -> list[str]:
+    """Moves usable utterances of train to the sets that are missing, by a hash of their recording; says so."""
     notes = []
     for split in ("valid", "test"):
-        if split in sets:
+        if split in heard:
             continue
-        train = sets["train"]
-        ordered = sorted({one.source for one in train}, key=lambda s: hashlib.sha256(f"{split} {s}".encode()).digest())
+        sources = {one.spoken.source for one in heard["train"] if not one.problem}
+        ordered = sorted(sources, key=lambda source: hashlib.sha256(f"{split} {source}".encode()).digest())
         chosen = set(ordered[: max(1, round(part * len(ordered)))])
-        sets[split] = [one for one in train if one.source in chosen]
-        sets["train"] = [one for one in train if one.source not in chosen]
+        held_out = [one for one in heard["train"] if one.spoken.source in chosen and not one.problem]
+        moved = {id(one) for one in held_out}
+        heard["train"] = [one for one in heard["train"] if id(one) not in moved]
+        heard[split] = [_moved(one, split, writer) for one in held_out]
         notes.append(
             f"{split}: {len(chosen)} of {len(ordered)} training recordings, held out, whose speakers training may hear"
         )
-    if not sets["train"]:
+    if notes and not all(any(not one.problem for one in found) for found in heard.values()):
         raise UserError("there are too few training recordings to hold some out; give valid and test sets")
     return notes
 
 
+def _moved(one: Heard, split: str, writer: CorpusWriter) -> Heard:
+    """An utterance of train in another set; so is the file that was written for it."""
+    if one.path != writer.audio_path("train", one.spoken.utterance):
+        return one
+    path = writer.audio_path(split, one.spoken.utterance)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return replace(one, path=one.path.rename(path))
+
+
 def prepare(corpus_dir: Path | None, data_dir: Path, *, seed: int, options: Options, num_jobs: int = 2) -> Prepared:
-    """Write cuts, audio where it is needed, and the pre-flight report. ``seed`` is accepted and not needed."""
+    """Write cuts, audio where it is needed, and the findings about it. ``seed`` is accepted and not needed."""
     places = _sets(corpus_dir)
     writer = CorpusWriter(data_dir, options.splits)
     sets = {split: _read(place, writer.bad) for split, place in places.items()}
     listed = len(writer.bad_rows) + sum(map(len, sets.values()))
-    notes = _hold_out(sets, options.held_out)
     heard: dict[str, list[Heard]] = {}
     with ThreadPoolExecutor(max(1, num_jobs)) as pool:
-        for split in options.splits:
+        for split, every in sets.items():
             groups: dict[str, list[Spoken]] = defaultdict(list)
-            for one in sets[split]:
+            for one in every:
                 groups[one.source].append(one)
             made = pool.map(lambda group, split=split: _hear(group, split, writer, options), groups.values())
             heard[split] = [one for found in made for one in found]
-    for split, every in heard.items():
-        for utterance in every:
+    notes = _hold_out(heard, options.held_out, writer)
+    heard = {split: heard[split] for split in options.splits}
+    for split, found in heard.items():
+        for utterance in found:
             _add(writer, split, utterance)
-    notes += report({split: [one for one in found if not one.problem] for split, found in heard.items()}, data_dir)
-    return writer.finish(listed, notes=notes)
+    usable = {split: [one for one in found if not one.problem] for split, found in heard.items()}
+    preflight = look(usable, data_dir, characters=options.characters)
+    return replace(writer.finish(listed, notes=[*notes, *preflight.summary()]), preflight=preflight)
 
 
 def _add(writer: CorpusWriter, split: str, one: Heard) -> None:
@@ -163,28 +176,29 @@ def _add(writer: CorpusWriter, split: str, one: Heard) -> None:
 def _hear(group: Sequence[Spoken], split: str, writer: CorpusWriter, options: Options) -> list[Heard]:
     """Reads one recording, and writes its utterances where it cannot stay what it is."""
     try:
-        samples, rate_hz, in_place = _samples(group[0], options)
+        samples, rate_hz, channels = _samples(group[0], options)
     except AudioError as error:
         return [Heard(one, problem=f"{error} ({one.source})") for one in group]
-    return [_one(one, samples, rate_hz, in_place, writer.audio_path(split, one.utterance)) for one in group]
+    return [_one(one, samples, rate_hz, channels, writer.audio_path(split, one.utterance)) for one in group]
 
 
-def _samples(spoken: Spoken, options: Options) -> tuple[np.ndarray, int, bool]:
-    """float32 [N] at 16 kHz, the rate of the file (0 for a command), and whether the file is of 16 kHz and mono."""
+def _samples(spoken: Spoken, options: Options) -> tuple[np.ndarray, int, int]:
+    """float32 [N] at 16 kHz, and rate and channels of the file, 0 where they are not known."""
     source = spoken.source
     if spoken.is_command:
         if not options.run_commands:
             raise AudioError("its entry is a command; pass --run-commands if you trust it, or write files")
-        return command_output(source), 0, False
+        return command_output(source), 0, 0
     samples = read_audio(source)
     try:
         info = soundfile.info(source)
     except soundfile.LibsndfileError:  # ffmpeg read it
-        return samples, 0, False
-    return samples, info.samplerate, (info.samplerate, info.channels) == (SAMPLE_RATE_HZ, 1)
+        return samples, 0, 0
+    return samples, info.samplerate, info.channels
 
 
-def _one(spoken: Spoken, samples: np.ndarray, rate_hz: int, in_place: bool, path: Path) -> Heard:
+def _one(spoken: Spoken, samples: np.ndarray, rate_hz: int, channels: int, path: Path) -> Heard:
+    in_place = (rate_hz, channels) == (SAMPLE_RATE_HZ, 1)
     if spoken.start_s is not None:
         end = len(samples) if spoken.end_s is None else round(spoken.end_s * SAMPLE_RATE_HZ)
         if end > len(samples) + SAMPLE_RATE_HZ // 10:
@@ -206,6 +220,7 @@ def _one(spoken: Spoken, samples: np.ndarray, rate_hz: int, in_place: bool, path
         len(samples),
         pcm_digest(pcm),
         rate_hz,
+        channels,
         peak=float(level.max()),
         clipped=float((level >= 0.999).mean()),
     )

@@ -25,6 +25,7 @@ class Spoken:
 
     source: a path, or with a "|" behind it a command that writes a wav file.
     start_s, end_s: of a segment; None for the whole recording.
+    has_speaker: whether the speaker is named; else the utterance stands in.
     """
 
     utterance: str
@@ -35,6 +36,7 @@ class Spoken:
     line: int
     start_s: float | None = None
     end_s: float | None = None
+    has_speaker: bool = True
 
     @property
     def is_command(self) -> bool:
@@ -99,8 +101,9 @@ def read_kaldi_folder(folder: Path, bad: Bad) -> list[Spoken]:
             bad(listed, f"{name} has no text in {folder / 'text'}", line)
         else:
             source = _located(recordings[recording][1], folder)
-            speaker = speakers[name][1] if name in speakers else name
-            found.append(Spoken(name, source, texts[name][1], speaker, listed, line, start_s, end_s))
+            named = name in speakers
+            speaker = speakers[name][1] if named else name
+            found.append(Spoken(name, source, texts[name][1], speaker, listed, line, start_s, end_s, named))
     for name, (line, _) in texts.items():
         if name not in parts and name not in told:
             bad(folder / "text", f"{name} has no recording in {listed}", line)

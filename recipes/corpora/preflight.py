@@ -1,6 +1,6 @@
-"""What is worth knowing of one's own recordings before days of training: the pre-flight report.
+"""What is worth knowing of one's own recordings before days of training: the findings of the pre-flight report.
 
-DATA/preflight.txt holds it, and DATA/durations.png how long utterances are.
+DATA/preflight.txt holds them; `preflight_page` makes DATA/preflight.html of them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from asr.data.audio import SAMPLE_RATE_HZ
 from asr.data.fbank import FeatureConfig, num_encoder_frames
 from recipes.corpora.kaldi_folder import Spoken
@@ -20,6 +18,8 @@ QUIET = 10 ** (-50 / 20)
 """A peak below -50 dB of full scale is no speech that anyone meant."""
 CLIPPED = 1e-3
 """So much of a recording at full scale is heard."""
+UNSPACED = 6
+"""Characters from which on a text without a space is hardly one word."""
 SHOWN = 10
 
 
@@ -28,7 +28,7 @@ class Heard:
     """An utterance and its sound.
 
     path: of the audio that training will read.
-    rate_hz: of the file that it came from; 0 where that is not known.
+    rate_hz, channels: of the file that it came from; 0 where that is not known.
     peak, clipped: largest sample, and part of the samples at full scale.
     problem: why it cannot be used.
     """
@@ -38,6 +38,7 @@ class Heard:
     num_samples: int = 0
     digest: str = ""
     rate_hz: int = 0
+    channels: int = 0
     peak: float = 0.0
     clipped: float = 0.0
     problem: str = ""
@@ -47,18 +48,44 @@ class Heard:
         return self.num_samples / SAMPLE_RATE_HZ
 
 
-def report(heard: dict[str, list[Heard]], data_dir: Path) -> list[str]:
-    """Writes the report of the usable utterances of each split; its first lines, for the log."""
-    sizes = [_sizes(split, found) for split, found in heard.items()]
-    findings = [*_within(heard), *_between(heard)]
-    lines = [*sizes, *(f"{what}: {len(names)}: {', '.join(names)}" for what, names in findings)]
-    path = data_dir.absolute() / "preflight.txt"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _plot(heard, data_dir / "durations.png")
-    return [*sizes, *(f"{what}: {_some(names)}" for what, names in findings), f"pre-flight report: {path}"]
+@dataclass(frozen=True)
+class Preflight:
+    """What was found.
+
+    sizes: a line for each set.
+    findings: what was looked for, and the names that it is true of.
+    durations_s: of the utterances of each set.
+    """
+
+    sizes: list[str]
+    findings: list[tuple[str, list[str]]]
+    durations_s: dict[str, list[float]]
+
+    def summary(self) -> list[str]:
+        """Lines for the log, with some of the names."""
+        return [*self.sizes, *(f"{what}: {some(names)}" for what, names in self.findings)]
 
 
-def _some(names: Sequence[str]) -> str:
+def look(heard: dict[str, list[Heard]], data_dir: Path, *, characters: bool = False) -> Preflight:
+    """Findings about the usable utterances of each set, also written as text.
+
+    Args:
+        heard: by set.
+        data_dir: where to write.
+        characters: whether results are to be character error rates.
+    """
+    found = Preflight(
+        [_sizes(split, every) for split, every in heard.items()],
+        [*_within(heard), *_between(heard, characters)],
+        {split: [one.duration_s for one in every] for split, every in heard.items()},
+    )
+    lines = [*found.sizes, *(f"{what}: {len(names)}: {', '.join(names)}" for what, names in found.findings)]
+    (data_dir / "preflight.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return found
+
+
+def some(names: Sequence[str]) -> str:
+    """How many, and the first of them."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{len(names)}: {', '.join(names[:SHOWN])}{more}"
 
@@ -69,10 +96,13 @@ def _sizes(split: str, found: Sequence[Heard]) -> str:
     durations = sorted(one.duration_s for one in found)
     rates = Counter(f"{one.rate_hz} Hz" if one.rate_hz else "unknown rate" for one in found)
     words = sum(len(one.spoken.text.split()) for one in found)
-    speakers = len({one.spoken.speaker for one in found})
+    speakers = {one.spoken.speaker for one in found if one.spoken.has_speaker}
+    nobody = {one.spoken.source for one in found if not one.spoken.has_speaker}
+    voices = [f"{len(speakers)} speakers"] if speakers else []
+    voices += [f"{len(nobody)} recordings of unnamed speakers"] if nobody else []
     lengths = f"{durations[0]:.2f} to {durations[-1]:.2f} s (median {durations[len(durations) // 2]:.2f})"
     sources = ", ".join(f"{count} at {rate}" for rate, count in rates.most_common())
-    size = f"{sum(durations) / 3600:.2f} h, {len(found)} utterances of {speakers} speakers"
+    size = f"{sum(durations) / 3600:.2f} h, {len(found)} utterances of {' and '.join(voices)}"
     return f"{split}: {size}, {lengths}, {words} words, {sources}"
 
 
@@ -81,6 +111,7 @@ def _within(heard: dict[str, list[Heard]]) -> Iterable[tuple[str, list[str]]]:
     everyone = [one for found in heard.values() for one in found]
     config = FeatureConfig()
     checks = {
+        "of files with several channels, which are mixed into one": lambda one: one.channels > 1,
         "nearly silent, peak below -50 dB": lambda one: one.peak < QUIET,
         "clipped, more than 0.1% of the samples at full scale": lambda one: one.clipped > CLIPPED,
         "more characters than encoder frames of 40 ms, so that a transducer with one token a frame cannot say them": (
@@ -94,8 +125,13 @@ def _within(heard: dict[str, list[Heard]]) -> Iterable[tuple[str, list[str]]]:
             yield what, names
 
 
-def _between(heard: dict[str, list[Heard]]) -> Iterable[tuple[str, list[str]]]:
+def _between(heard: dict[str, list[Heard]], characters: bool) -> Iterable[tuple[str, list[str]]]:
     """What utterances have to do with each other."""
+    texts = [one.spoken.text for one in heard["train"]]
+    unspaced = [text for text in texts if " " not in text and len(text) >= UNSPACED]
+    if not characters and 2 * len(unspaced) > len(texts):
+        hint = "texts without spaces, for which character error rates are better: --characters, and mostly "
+        yield f"{hint}--set tokenizer.kind=char", unspaced
     same: dict[str, list[str]] = defaultdict(list)
     for split, found in heard.items():
         for one in found:
@@ -109,17 +145,3 @@ def _between(heard: dict[str, list[Heard]]) -> Iterable[tuple[str, list[str]]]:
     for split in heard:
         if strange := [f"{c!r} {n}" for c, n in counts[split].items() if c not in counts["train"]]:
             yield f"symbols of {split} that training never hears", strange
-
-
-def _plot(heard: dict[str, list[Heard]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes = figure.subplots()
-    longest = max((one.duration_s for found in heard.values() for one in found), default=1.0)
-    bins = np.linspace(0, longest, 41).tolist()
-    axes.hist([[one.duration_s for one in found] for found in heard.values()], bins, stacked=True, label=list(heard))
-    axes.set_xlabel("seconds")
-    axes.set_ylabel("utterances")
-    axes.legend()
-    figure.savefig(path, dpi=120)

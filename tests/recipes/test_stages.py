@@ -281,3 +281,5 @@ def test_features_on_the_fly_are_computed_without_storing_them(tiny: Tiny) -> No
     lines = tiny.run("--corpus-dir", str(tiny.corpus), *words)
     assert lines[-1].startswith("%WER ")
     assert not list((tiny.exp / "data" / "features").rglob("*.f32"))
+    noted = {name: json.loads((tiny.exp / ".done" / f"{name}.json").read_text())["audio_s"] for name in STAGES}
+    assert noted["prepare"] > noted["features"] > 0 and noted["download"] is None

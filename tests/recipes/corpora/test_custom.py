@@ -97,6 +97,14 @@ def test_what_is_missing_is_held_out(own: Path, tmp_path: Path) -> None:
     ids = [cut.id for split in ("train", "valid", "test") for cut in prepared.load(split)]
     assert len(set(ids)) == 6 and "valid: 1 of 6 training recordings, held out" in " ".join(prepared.notes)
     assert prepare(own, tmp_path / "again", custom.Options(held_out=0.2)).checksums == prepared.checksums
+    (own / "train" / "t2.flac").write_text("no audio")
+    write_16khz(own / "train" / "t4.flac", 1.0, seed=5, rate_hz=8000)
+    prepared = prepare(own, tmp_path / "broken", custom.Options(held_out=0.2))
+    assert prepared.counts == {"train": 3, "valid": 1, "test": 1}, "held out of those that can be read"
+    sources = {cut.id: cut.recording.sources[0].source for split in prepared.cuts for cut in prepared.load(split)}
+    assert all(Path(source).is_file() for source in sources.values())
+    every = {one for split in prepared.cuts for one in (tmp_path / "broken/audio" / split).glob("*.wav")}
+    assert every == {Path(sources["t4"])}, "what was written for train goes with its utterance"
     with pytest.raises(UserError, match="held_out=0.5 is not between 0 and 0.5"):
         custom.Options(held_out=0.5)
 
@@ -144,6 +152,7 @@ def test_the_report_says_what_may_surprise(own: Path, tmp_path: Path) -> None:
     texts = (train / "text").read_text().replace("t4 ONE TWO", f"t4 {'ONE TWO ' * 20}")
     (train / "text").write_text(texts, encoding="utf-8")
     (own / "dev" / "text").write_text("d0 ÖNE\nd1 TWO\n", encoding="utf-8")
+    write_16khz(own / "dev" / "d1.flac", 1.0, channels=2)
     prepared = prepare(own, tmp_path / "data")
     lines = dict(line.split(": ", 1) for line in (tmp_path / "data/preflight.txt").read_text().splitlines())
     assert lines["nearly silent, peak below -50 dB"] == "1: t0"
@@ -151,10 +160,12 @@ def test_the_report_says_what_may_surprise(own: Path, tmp_path: Path) -> None:
     assert lines["the same sound twice"] == "1: train/t2 = train/t3"
     assert lines["symbols of valid that training never hears"] == "1: 'Ö' 1"
     assert next(text for what, text in lines.items() if what.startswith("more characters")) == "1: t4"
-    assert "5 utterances of 4 speakers, 1.00 to 1.00 s" in lines["train"]
+    assert "5 utterances of 1 speakers and 3 recordings of unnamed speakers, 1.00 to 1.00 s" in lines["train"]
+    assert "2 utterances of 2 recordings of unnamed speakers" in lines["valid"]
+    assert lines["of files with several channels, which are mixed into one"] == "1: d1"
     assert reasons(prepared) == {("wav.scp", 6): "t5: it holds nothing but zeros"}
-    assert (tmp_path / "data/durations.png").stat().st_size > 1000
-    assert any(note.startswith("pre-flight report: ") for note in prepared.notes)
+    assert prepared.preflight is not None and prepared.preflight.durations_s["valid"] == [1.0, 1.0]
+    assert any(note.startswith("the same sound twice: ") for note in prepared.notes)
 
 
 def test_wrong_folders(tmp_path: Path) -> None:
@@ -168,3 +179,10 @@ def test_wrong_folders(tmp_path: Path) -> None:
     (tmp_path / "train" / "text").write_bytes(b"a \xff\n")
     with pytest.raises(UserError, match="text is not UTF-8"):
         prepare(tmp_path, tmp_path / "data")
+
+
+def test_texts_without_spaces_are_scored_by_characters(own: Path, tmp_path: Path) -> None:
+    (own / "train" / "text").write_text("".join(f"t{i} 今天天气很好\n" for i in range(6)), encoding="utf-8")
+    said = " ".join(prepare(own, tmp_path / "data").notes)
+    assert "--characters, and mostly --set tokenizer.kind=char: 6: 今天天气很好" in said
+    assert "--characters" not in " ".join(prepare(own, tmp_path / "b", custom.Options(characters=True)).notes)

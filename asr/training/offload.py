@@ -20,7 +20,7 @@ ALIGNMENT = 64
 
 
 def map_moments(optimizer: torch.optim.Optimizer, path: Path) -> dict[Tensor, dict[str, Tensor]]:
-    """Lets AdamW keep both moments of the weights of this process, or of its shares, in a file at ``path``.
+    """Lets an optimizer keep both moments of the weights of this process, or of its shares, in a file at ``path``.
 
     Results are the same to the bit. The file has no name once this returns: nothing is left of it when the process
     ends, however that is.
@@ -46,7 +46,7 @@ def map_moments(optimizer: torch.optim.Optimizer, path: Path) -> dict[Tensor, di
         start += len(MOMENTS) * size
 
     def begin(*_: Any) -> None:
-        """What AdamW begins with at a weight's first step."""
+        """What AdamW begins with at a weight's first step; ScaledAdam adds two numbers."""
         for p, moments in places.items():
             if p.grad is not None and not optimizer.state[p]:
                 for moment in moments.values():

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from asr import checkpoint_folder
 from asr.models.transducer import Transducer
 from asr.training.offload import map_moments
-from asr.training.optim import OptimConfig, adamw_arguments, make_optimizer, parameter_groups
+from asr.training.optim import OptimConfig, make_optimizer, optimizer_kind, parameter_groups
 from asr.training.ranks import Ranks
 from asr.training.trainer_config import ParallelConfig
 
@@ -73,8 +73,8 @@ class Parallel:
                 model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused
             )
         if ranks.size > 1 and config.zero == 1:
-            groups = parameter_groups(model, optim)
-            self.optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adamw_arguments(optim))
+            kind, arguments = optimizer_kind(optim)
+            self.optimizer = ZeroRedundancyOptimizer(parameter_groups(model, optim), kind, **arguments)
         else:
             self.optimizer = make_optimizer(model, optim)
         self._mapped = map_moments(self.optimizer, file) if offload == "file" and file is not None else {}

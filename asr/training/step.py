@@ -64,7 +64,7 @@ class Stepper:
         pieces: in how many pieces each batch is computed.
 
     ``computing`` calls what computes; ``say`` and ``record`` take what is said and recorded of steps that memory
-    did not hold.
+    did not hold; ``rate`` gives the learning rate, as `learning_rate` of a configuration.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Stepper:
         self.computing = Computing()
         self.say: Callable[[str], None] = print
         self.record: Callable[..., None] = lambda **_: None
+        self.rate: Callable[[int, float, int], float] = partial(learning_rate, experiment.optim)
         self.progress = Progress()
 
     def _contexts(self) -> list[Context]:
@@ -145,9 +146,9 @@ class Stepper:
         real = len(batches) if own is None else own
         audio_s = sum(sum(b.durations_s) for b in batches[:real])
         done = self.done()
-        lr = learning_rate(self.experiment.optim, progress.step, done)
+        lr = self.rate(progress.step, done, progress.epoch)
         for group in self.parallel.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         while True:
             self.parallel.optimizer.zero_grad(set_to_none=True)
             rounds, count = self._rounds(batches, real)

@@ -34,7 +34,7 @@ from asr.training.faults import BadBatches, Termination
 from asr.training.fine_tuning import begin_with, freeze
 from asr.training.memory_plan import plan_memory
 from asr.training.metrics import MetricsWriter, ProgressLine, clock
-from asr.training.optim import WeightAverage
+from asr.training.optim import WeightAverage, check_state
 from asr.training.parallel import Parallel, fill, whole
 from asr.training.pieces import Pieces
 from asr.training.precision import override_precision, resolve_precision
@@ -247,6 +247,7 @@ class Trainer:
                 f"checkpoint {path} has optimizer state of {min(foreign)}, which is no parameter; it is of another"
                 " version of the toolkit: go on with that one, or begin a training of its own (--resume none)"
             )
+        check_state(found["training"]["optimizer"], self.experiment.optim, path)
         if checkpoint.tokenizer_of(found).to_state() != self.data.tokenizer.to_state():
             raise CheckpointError(
                 f"checkpoint {path} was trained with another tokenizer of the same size; pass that one"

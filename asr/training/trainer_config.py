@@ -187,8 +187,8 @@ class MemoryConfig:
         activation_budget: of "budget": fraction of what the encoder keeps with "none", above 0 and at most 1. Each mode
             is measured at the start, and those that take the least time within it are chosen.
         offload: "cpu" keeps the shares of weights, gradients and optimizer state in CPU memory (parallel.zero 2 and 3
-            of several processes); "file" keeps AdamW's moments in a memory-mapped file in the output folder, of which
-            the system takes out of memory what it needs room for. Results are the same to the bit.
+            of several processes); "file" keeps the optimizer's moments in a memory-mapped file in the output folder, of
+            which the system takes out of memory what it needs room for. Results are the same to the bit.
         lower_after: a batch that memory does not hold is split and tried again; after every so many of those, larger
             pieces than it did hold are not tried any more.
     """

@@ -142,7 +142,7 @@ REFUSED = [
     ("model.ctc=3", "model.ctc: 3 is not true or false$"),
     ("training.chunk_ms=320", "training.chunk_ms.*list"),
     ("training.chunk_ms=[a]", "training.chunk_ms: a is not"),
-    ("optim.schedule=linear", "optim.schedule: linear is not one of cosine, noam, constant$"),
+    ("optim.schedule=linear", "optim.schedule: linear is not one of cosine, noam, eden, constant$"),
     ("decoding.search=beem", "decoding.search: beem is not one of greedy, modified_beam_search$"),
     ("model.preset=huge", "model.preset='huge' .* valid: xs, s, m, l, xl, xxl"),
     ("model.preset=[xs]", r"model.preset=\['xs'\]"),

@@ -33,7 +33,7 @@ class ShownCut:
     Args:
         cut_id: with the suffixes of its speed and copy.
         text: the transcript.
-        tokens: symbols of the transcript; empty if it cannot be spelt.
+        tokens: of the transcript, as ``Tokenizer.shown``; empty if it cannot be spelt.
         problem: why it cannot be spelt, or why there is no sound.
         speed: 1.1 is faster.
         before: float32 [T0, F], features of the recording as it is; None where it cannot be read.
@@ -114,7 +114,7 @@ def show_cut(cut: MonoCut, tokenizer: Tokenizer, config: DataConfig, *, seed: in
     text = transcript(cut)
     tokens: list[str] = []
     try:
-        tokens = [tokenizer.symbols[token] for token in tokenizer.encode(text)]
+        tokens = [tokenizer.shown(token) for token in tokenizer.encode(text)]
     except UnknownToken as error:
         problem = "; ".join(filter(None, [problem, str(error)]))
     return ShownCut(

@@ -1,7 +1,8 @@
-"""Text to token ids and back: sentencepiece BPE or unigram, characters, words, words with ends.
+"""Text to token ids and back: sentencepiece BPE or unigram, characters, words, words with ends, byte-level BPE.
 
 All kinds share one rule for spaces: U+2581 stands for the space before a word, so joining the symbols and replacing
-that sign gives the text. Exported ``tokens.txt`` files rely on it.
+that sign gives the text; of byte-level BPE, the text written by ``byte_symbols``. Exported ``tokens.txt`` files rely on
+it.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from typing import Any, Literal, get_args
 
 import sentencepiece
 
+from asr.data.byte_symbols import BYTE_SYMBOLS, is_inside, read_bytes, recover, write_bytes
 from asr.errors import UserError
 
-Kind = Literal["bpe", "unigram", "char", "word", "word_end"]
+Kind = Literal["bpe", "unigram", "char", "word", "word_end", "byte_bpe"]
 KINDS: tuple[str, ...] = get_args(Kind)
 BLANK = "<blk>"
 UNKNOWN = "<unk>"
 SPACE = "\u2581"
 STATE_FORMAT = 1
+SENTENCEPIECE = ("bpe", "unigram", "byte_bpe")
+"""Kinds that sentencepiece makes."""
 
 
 @dataclass
@@ -37,9 +41,11 @@ class TokenizerConfig:
             (every word, and a token for its end behind each). A predictor that sees the last few tokens only cannot
             tell the second of two equal words from the first, so word spreads their emissions over many frames;
             word_end lets every emission change what the predictor sees. For small closed vocabularies with
-            repetitions, such as digit strings.
-        vocab_size: number of tokens with blank and the unknown token, for bpe and unigram; the others take what the
-            training texts hold.
+            repetitions, such as digit strings. byte_bpe is bpe over the UTF-8 bytes of the text (Wang et al. 2019,
+            "Neural Machine Translation with Byte-Level Subwords"): for writing with thousands of characters; it can
+            spell every text.
+        vocab_size: number of tokens with blank and the unknown token, for bpe, unigram and byte_bpe (258 at least); the
+            others take what the training texts hold.
     """
 
     kind: Kind = "bpe"
@@ -50,6 +56,11 @@ class TokenizerConfig:
             raise ValueError(f"kind={self.kind!r}; it must be one of {', '.join(KINDS)}")
         if self.vocab_size < 3:
             raise ValueError(f"vocab_size={self.vocab_size}; at least 3 are needed (blank, unknown, one piece)")
+        if self.kind == "byte_bpe" and self.vocab_size < len(BYTE_SYMBOLS) + 2:
+            least = len(BYTE_SYMBOLS) + 2
+            raise ValueError(
+                f"vocab_size={self.vocab_size}; byte_bpe needs at least {least} (blank, unknown, every byte)"
+            )
 
 
 class UnknownToken(UserError):
@@ -77,7 +88,7 @@ class Tokenizer:
         self.kind: Kind = kind
         self._model = model
         self._processor: sentencepiece.SentencePieceProcessor | None = None
-        if kind in ("bpe", "unigram"):
+        if kind in SENTENCEPIECE:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             symbols = [self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size())]
         if not symbols or symbols[0] != BLANK:
@@ -97,6 +108,8 @@ class Tokenizer:
         lines = [line for line in (_normalise(text) for text in texts) if line]
         if not lines:
             raise UserError("no text to train the tokenizer on: all transcripts are empty")
+        if config.kind == "byte_bpe":
+            return Tokenizer("byte_bpe", [], _train_sentencepiece([_written(line, line) for line in lines], config))
         for line in lines:
             if SPACE in line:
                 raise UserError(f"the text {line!r} holds U+2581, which stands for spaces in tokens; remove it")
@@ -118,7 +131,9 @@ class Tokenizer:
             UnknownToken: a part of the text has no token.
         """
         line = _normalise(text)
-        if SPACE in line:
+        if self.kind == "byte_bpe":
+            line = _written(line, text)
+        elif SPACE in line:
             raise UnknownToken(SPACE, text)
         if self._processor is not None:
             ids: list[int] = self._processor.encode(line)
@@ -142,14 +157,48 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; blank and unknown give nothing. Raises ValueError for ids outside the vocabulary."""
-        pieces = []
+        """The text of token ids; blank and unknown give nothing, nor do bytes that are no characters.
+
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
+        return _normalise("".join(character for character, _ in self.characters(ids)))
+
+    def characters(self, ids: Iterable[int]) -> list[tuple[str, Sequence[int]]]:
+        """What token ids spell, character by character with spaces, each with the positions of its tokens; of byte_bpe
+        several tokens may hold the bytes of one.
+
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
+        parts = []
         for token in ids:
             if not 0 <= token < len(self._symbols):
                 raise ValueError(f"token id {token} is outside the vocabulary of {len(self._symbols)}")
-            if self._symbols[token] not in (BLANK, UNKNOWN):
-                pieces.append(self._symbols[token])
-        return _normalise("".join(pieces).replace(SPACE, " "))
+            symbol = self._symbols[token]
+            parts.append("" if symbol in (BLANK, UNKNOWN) else symbol.replace(SPACE, " "))
+        if self.kind == "byte_bpe":
+            return recover(map(read_bytes, parts))
+        return [(character, (position,)) for position, part in enumerate(parts) for character in part]
+
+    @property
+    def inside(self) -> frozenset[int]:
+        """The tokens that go on within a character; only byte_bpe has such."""
+        if self.kind != "byte_bpe":
+            return frozenset()
+        return frozenset(token for token, symbol in enumerate(self._symbols) if is_inside(symbol))
+
+    def shown(self, token: int) -> str:
+        """The symbol of a token for people: bytes that are whole characters as such, others as numbers."""
+        symbol = self._symbols[token]
+        if self.kind != "byte_bpe" or symbol in (BLANK, UNKNOWN):
+            return symbol
+        space, rest = symbol[: symbol.startswith(SPACE)], symbol.removeprefix(SPACE)
+        data = read_bytes(rest)
+        try:
+            return space + data.decode("utf-8")
+        except UnicodeDecodeError:
+            return space + f"[{data.hex(' ').upper()}]"
 
     def join(self, texts: Sequence[str]) -> str:
         """One text of several, with a space between where texts have spaces. Its tokens are theirs, and at most one
@@ -169,12 +218,12 @@ class Tokenizer:
 
     @property
     def sentencepiece_model(self) -> bytes:
-        """The model of bpe and unigram; empty for the others."""
+        """The model of the kinds that sentencepiece makes; empty for the others."""
         return self._model
 
     @property
     def sentencepiece_scores(self) -> list[tuple[str, float]]:
-        """Piece and score of each id of bpe and unigram, as sentencepiece's vocabulary files have them."""
+        """Piece and score of each id that sentencepiece made, as its vocabulary files have them."""
         if self._processor is None:
             return []
         return [(symbol, self._processor.get_score(i)) for i, symbol in enumerate(self._symbols)]
@@ -197,7 +246,7 @@ class Tokenizer:
             raise ValueError(f"tokenizer format {state.get('format')!r} is unknown; this version reads {STATE_FORMAT}")
         if state["kind"] not in KINDS:
             raise ValueError(f"kind={state['kind']!r}; it must be one of {', '.join(KINDS)}")
-        field = "sentencepiece" if state["kind"] in ("bpe", "unigram") else "symbols"
+        field = "sentencepiece" if state["kind"] in SENTENCEPIECE else "symbols"
         if field not in state:
             raise ValueError(f"the state of a {state['kind']} tokenizer needs {field!r}")
         if field == "symbols":
@@ -241,7 +290,9 @@ def _train_sentencepiece(lines: list[str], config: TokenizerConfig) -> bytes:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
             model_writer=model,
-            model_type=config.kind,
+            model_type=config.kind.removeprefix("byte_"),
+            # of bytes all are there, also those that the texts do not hold; a space is one by itself
+            required_chars="".join(BYTE_SYMBOLS).replace(" ", "") if config.kind == "byte_bpe" else "",
             vocab_size=config.vocab_size,
             # pad takes id 0 and is never produced: the place of blank
             pad_id=0,
@@ -261,6 +312,13 @@ def _train_sentencepiece(lines: list[str], config: TokenizerConfig) -> bytes:
     except RuntimeError as error:
         raise UserError(_explain(str(error), config)) from error
     return model.getvalue()
+
+
+def _written(line: str, text: str) -> str:
+    try:
+        return write_bytes(line)
+    except UnicodeEncodeError as error:
+        raise UnknownToken(line[error.start], text) from None
 
 
 def _explain(message: str, config: TokenizerConfig) -> str:

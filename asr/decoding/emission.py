@@ -212,7 +212,7 @@ def write_emissions(
     with evaluation_mode(model):
         for cut in cuts:
             batch = next(iter(eval_loader([cut], None, config.data, num_workers=0))).to(device)
-            text, symbols = batch.texts[0], tokenizer.symbols
+            text, symbols = batch.texts[0], [tokenizer.shown(token) for token in range(tokenizer.vocab_size)]
             try:
                 targets = tokenizer.encode(text)
             except UnknownToken:

@@ -41,11 +41,19 @@ class Stream:
     ``segments`` holds the final segments; who listens to an endless stream takes them with ``take``.
     """
 
-    def __init__(self, tokenizer: Tokenizer, symbols: list[str], fbank: FbankStream, chunk_frames: int, slot: int):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        symbols: list[str],
+        inside: frozenset[int],
+        fbank: FbankStream,
+        chunk_frames: int,
+        slot: int,
+    ):
         self.segments: list[Segment] = []
         self.frames = 0  # encoder frames so far
         self.finished = False  # no more audio will come
-        self._tokenizer, self._symbols = tokenizer, symbols
+        self._tokenizer, self._symbols, self._inside = tokenizer, symbols, inside
         self._fbank, self._chunk_frames = fbank, chunk_frames
         self._slot: int | None = slot  # None once all is heard
         self._features: list[np.ndarray] = []
@@ -128,7 +136,7 @@ class Stream:
         The score of what was heard so far is the first part's.
         """
         found = self._open
-        at = pause_between(self._symbols, found.tokens, found.frames, found.start, self.frames)
+        at = pause_between(self._symbols, found.tokens, found.frames, found.start, self.frames, self._inside)
         count = bisect_left(found.frames, at)
         if count:
             first = Hypothesis(found.tokens[:count], found.frames[:count], found.score, found.confidences[:count])
@@ -175,7 +183,7 @@ class StreamingRecognizer:
             raise UserError(f"decoding.search={decoding.search} cannot stream; use greedy")
         self._model, self._tokenizer, self._decoding, self._device = model, tokenizer, decoding, device
         self._on_cpu = torch.device(device).type == "cpu"
-        self._symbols = tokenizer.symbols
+        self._symbols, self._inside = tokenizer.symbols, tokenizer.inside
         self._fbank = Fbank(config.data.features)
         self._chunk_frames, self._left_frames = decoding.context
         self._endpoints = decoding.endpoint if endpoints else None
@@ -201,7 +209,7 @@ class StreamingRecognizer:
         encoder, search = self._states
         self._model.encoder.restart(encoder, slot)
         _map(lambda old, new: old[slot : slot + 1].copy_(new), search, self._fresh)
-        return Stream(self._tokenizer, self._symbols, self._fbank.stream(), self._chunk_frames, slot)
+        return Stream(self._tokenizer, self._symbols, self._inside, self._fbank.stream(), self._chunk_frames, slot)
 
     def close(self, stream: Stream) -> None:
         """Ends a stream at once, without its tail."""

@@ -49,5 +49,5 @@ def make_segment(
 ) -> Segment:
     """The segment of a hypothesis whose frames count from the start of the recording."""
     tokens, frames, confidences = hypothesis.tokens, hypothesis.frames, hypothesis.confidences
-    words = timed_words(tokenizer.symbols, tokens, frames, confidences)
+    words = timed_words(tokenizer.characters(tokens), frames, confidences)
     return Segment(start_s, end_s, hypothesis, tokenizer.decode(tokens), words, final)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from asr.data.tokenizer import BLANK, SPACE, UNKNOWN
+from asr.data.tokenizer import SPACE
 from asr.models.context import ENCODER_FRAME_MS
 
 
@@ -35,13 +35,13 @@ class Word:
 
 
 def timed_words(
-    symbols: Sequence[str], tokens: Sequence[int], frames: Sequence[int], confidences: Sequence[float]
+    characters: Iterable[tuple[str, Sequence[int]]], frames: Sequence[int], confidences: Sequence[float]
 ) -> list[Word]:
-    """Splits tokens at the spaces that their symbols hold (U+2581), as ``Tokenizer.decode`` does.
+    """Splits what tokens spell at its spaces, as ``Tokenizer.decode`` does.
 
     Args:
-        symbols: of the tokenizer, by token id.
-        tokens, frames, confidences: as in ``Hypothesis``, frames of 40 ms from the start of the audio.
+        characters: of ``Tokenizer.characters``: each with the positions of its tokens.
+        frames, confidences: as in ``Hypothesis``, frames of 40 ms from the start of the audio.
     """
     words: list[Word] = []
     # of the word that is being spelt: its characters, and the positions of their tokens
@@ -53,22 +53,25 @@ def timed_words(
             confidence = math.prod(confidences[i] for i in dict.fromkeys(parts))
             words.append(Word(text, seconds_of(frames[parts[0]]), seconds_of(frames[parts[-1]] + 1), confidence))
 
-    for i, token in enumerate(tokens):
-        symbol = symbols[token]
-        if symbol in (BLANK, UNKNOWN):
-            continue
-        for character in symbol.replace(SPACE, " "):
-            if character.isspace():
-                close()
-                text, parts = "", []
-            else:
-                text += character
-                parts.append(i)
+    for character, positions in characters:
+        if character.isspace():
+            close()
+            text, parts = "", []
+        else:
+            text += character
+            parts += positions
     close()
     return words
 
 
-def pause_between(symbols: Sequence[str], tokens: Sequence[int], frames: Sequence[int], begin: int, end: int) -> int:
+def pause_between(
+    symbols: Sequence[str],
+    tokens: Sequence[int],
+    frames: Sequence[int],
+    begin: int,
+    end: int,
+    inside: frozenset[int] = frozenset(),
+) -> int:
     """Where to cut a stretch that is too long: the middle of the widest gap between words in its second half.
 
     Where no two words meet there, as in writing without spaces, tokens count as words; without any, it is cut at its
@@ -78,12 +81,15 @@ def pause_between(symbols: Sequence[str], tokens: Sequence[int], frames: Sequenc
         symbols: of the tokenizer, by token id.
         tokens, frames: as in ``Hypothesis``, frames within ``begin`` to ``end``.
         begin, end: encoder frames of the stretch; what follows the last token is a gap too.
+        inside: tokens that go on within a character: nothing is cut before them.
 
     Returns:
         An encoder frame, above ``begin`` and at most ``end``.
     """
     gaps = []  # (width, middle), then whether words meet there
     for i in range(1, len(tokens) + 1):
+        if i < len(tokens) and tokens[i] in inside:
+            continue
         after, before = frames[i - 1] + 1, frames[i] if i < len(tokens) else end
         middle = (after + before + 1) // 2
         if 2 * (middle - begin) >= end - begin:

@@ -22,6 +22,11 @@ def check_target(name: str, loaded: Loaded, spec: Spec) -> Any:
         UserError: an unknown target, a missing package, a model or a setting that the target cannot hold.
     """
     target = find_target(name)
+    if loaded.tokenizer.kind == "byte_bpe" and name != "sherpa-onnx":
+        raise UserError(
+            f"{name} cannot hold tokenizer.kind=byte_bpe: what reads tokens.txt makes no text of bytes; export to "
+            "sherpa-onnx, or train with tokenizer.kind=char or bpe"
+        )
     check_packages(f"the target {name}", target.extra, *target.packages)
     if (target.offline if spec.chunk_ms == "full" else target.streaming) is None:
         kind = "streams: set a chunk in ms" if spec.chunk_ms == "full" else "whole utterances: set export.chunk_ms=full"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from asr.config import Experiment, load_experiment
 from asr.data.fbank import Fbank, pad_tail
+from asr.data.tokenizer import Tokenizer, TokenizerConfig
 from asr.decoding import Hypothesis, greedy
 from asr.decoding.decode import decode_features
 from asr.decoding.streaming import Stream, StreamingRecognizer
@@ -282,10 +283,38 @@ def test_the_predictor_forgets_at_an_endpoint_without_text() -> None:
 def test_words_and_their_times() -> None:
     symbols = ["<blk>", "<unk>", "▁he", "llo", "▁", "a", "▁b▁c"]
     tokens, frames, sure = [2, 3, 1, 4, 5, 6], [3, 5, 6, 10, 12, 20], [0.5, 0.5, 0.1, 0.9, 0.8, 0.7]
-    assert timed_words(symbols, tokens, frames, sure) == [
+    spelt = Tokenizer("char", symbols).characters(tokens)
+    assert timed_words(spelt, frames, sure) == [
         Word("hello", pytest.approx(0.12), pytest.approx(0.24), 0.25),
         Word("a", pytest.approx(0.48), pytest.approx(0.52), 0.8),
         Word("b", pytest.approx(0.8), pytest.approx(0.84), 0.7),
         Word("c", pytest.approx(0.8), pytest.approx(0.84), 0.7),
     ]
-    assert timed_words(symbols, [], [], []) == []
+    assert timed_words([], [], []) == []
+
+
+def test_words_of_bytes_and_their_times() -> None:
+    texts = Tokenizer.train(["你好 世界"], TokenizerConfig("byte_bpe", 258))
+    tokens = texts.encode("a你 \U0001f600")  # a space, a, three bytes; a space, four bytes
+    assert len(tokens) == 10
+    frames, sure = list(range(10, 20)), [0.5] * 10
+    expected = [
+        Word("a你", pytest.approx(0.44), pytest.approx(0.6), 0.5**4),
+        Word("\U0001f600", pytest.approx(0.64), pytest.approx(0.8), 0.5**4),
+    ]
+    assert timed_words(texts.characters(tokens), frames, sure) == expected
+    # of a character without its end nothing is said, and its time is not the word's
+    assert timed_words(texts.characters(tokens[:4]), frames[:4], sure[:4]) == [
+        Word("a", pytest.approx(0.44), pytest.approx(0.48), 0.5)
+    ]
+    assert timed_words(texts.characters(tokens[:-1]), frames, sure) == expected[:1]
+
+
+def test_nothing_is_cut_within_a_character() -> None:
+    texts = Tokenizer.train(["你好"], TokenizerConfig("byte_bpe", 258))
+    tokens = texts.encode("你好")[1:]  # three bytes each
+    frames, end = [10, 11, 12, 50, 60, 80], 82
+    assert pause_between(texts.symbols, tokens, frames, 0, end) == 71
+    assert pause_between(texts.symbols, tokens, frames, 0, end, texts.inside) == 82
+    frames = [10, 11, 60, 70, 71, 80]
+    assert pause_between(texts.symbols, tokens, frames, 0, end, texts.inside) == 66

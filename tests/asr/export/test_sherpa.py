@@ -14,6 +14,7 @@ from asr.checkpoint import Loaded
 from asr.config import load_experiment
 from asr.data.tokenizer import Tokenizer, TokenizerConfig
 from asr.decoding.load import load_for_decoding
+from asr.errors import UserError
 from asr.export.export import export
 from asr.export.spec import Spec
 from asr.models.transducer import Transducer
@@ -120,6 +121,50 @@ def test_hotwords_of_sentencepiece_tokens(tmp_path: Path) -> None:
     assert len(wanted) > 1
     boosted, plain = ("".join(hear(recognizer, **options)[0]) for options in ({"hotwords": "held world"}, {}))
     assert boosted.count("".join(wanted)) > plain.count("".join(wanted))
+
+
+@pytest.mark.parametrize("chunk", [320, "full"])
+def test_bytes_become_characters(tmp_path: Path, chunk: Any) -> None:
+    """Of byte-level BPE, sherpa-onnx gives the text, with U+FFFD where bytes are no character."""
+    tokenizer = Tokenizer.train(["你好 世界", "好 HELLO"] * 20, TokenizerConfig("byte_bpe", 265))
+    experiment = load_experiment(None, SETTINGS)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = Transducer(
+            experiment.model, tokenizer.vocab_size, torch.full((80,), -8.0), torch.full((80,), 0.3)
+        ).eval()
+    whole = next(token for token in range(tokenizer.vocab_size) if tokenizer.shown(token) == "好")
+    with torch.no_grad():
+        model.joiner.out.weight *= 8
+        model.joiner.out.bias[0] -= 50.0
+        model.joiner.out.bias[whole] += 6.0
+    payload = checkpoint.make_payload(model.state_dict(), experiment, tokenizer, step=1, epoch=1)
+    checkpoint.atomic_save(payload, tmp_path / "average.pt")
+    folder = tmp_path / "out"
+    loaded = load_for_decoding(tmp_path / "average.pt", "cpu")
+    for target in ("onnx", "torch.export", "executorch"):
+        with pytest.raises(UserError, match=f"{target} cannot hold tokenizer.kind=byte_bpe: .*; export to sherpa-onnx"):
+            export(loaded, tmp_path / "average.pt", target, folder, Spec(320, 640))
+    export(loaded, tmp_path / "average.pt", "sherpa-onnx", folder, Spec(chunk, 640))
+    if chunk == "full":
+        recognizer = offline(folder, "greedy_search")
+        stream = recognizer.create_stream()
+        stream.accept_waveform(16000, SOUND)
+        recognizer.decode_stream(stream)
+        symbols, text = stream.result.tokens, stream.result.text
+    else:
+        recognizer = online(folder, "greedy_search")
+        symbols = hear(recognizer)[0]
+        stream = recognizer.create_stream()
+        stream.accept_waveform(16000, SOUND)
+        stream.input_finished()
+        while recognizer.is_ready(stream):
+            recognizer.decode_stream(stream)
+        text = recognizer.get_result(stream)
+    tokens = [tokenizer.symbols.index(symbol.replace(" ", "\u2581")) for symbol in symbols]
+    expected = tokenizer.decode(tokens)
+    assert "好" in expected and "\ufffd" not in expected and "\ufffd" in text
+    assert " ".join(text.replace("\ufffd", "").split()) == expected
 
 
 def test_endpoints(streaming: Path) -> None:

@@ -128,7 +128,7 @@ def expected_memory(
     line = (
         f"peak memory of training: about {text_of(peak)} on {device}, pages of files aside, of which {text_of(static)} "
     )
-    line += f"always, in the largest batch ({batch}), preset {experiment.model.preset}; {text_of(free)} are free"
+    line += f"{text_of(static)} always, in the largest batch ({batch}), preset {experiment.model.preset}; {text_of(free)} are free"
     if experiment.memory.limit is not None:
         return f"{line}; held to memory.limit={experiment.memory.limit}", []
     if peak <= free:

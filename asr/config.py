@@ -267,8 +267,19 @@ def load_experiment(paths: Path | list[Path] | None = None, overrides: list[str]
         part = parse_override(text)
         _check_keys(part, f"override {text!r}")
         tree = _merge(tree, part)
-    names = [str(path) for path in files] + list(overrides or [])
-    return from_dict(tree, " ".join(names) or "the defaults")
+    given = list(overrides or [])
+    try:
+        return from_dict(tree, "the configuration")
+    except UserError as error:
+        said = str(error)
+        # the settings that it names, by their last name at least; where there are none it may be any
+        blamed = [text for text in given if re.search(rf"\b{_last_name(text)}\b", said)]
+        names = blamed or [*map(str, files), *given]
+        raise UserError(said.replace("the configuration", " ".join(names) or "the defaults", 1)) from None
+
+
+def _last_name(override: str) -> str:
+    return re.escape(override.partition("=")[0].strip().rpartition(".")[2])
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def make_parser(corpus: str) -> Parser:
     add("--config", type=Path, action="append", default=[], metavar="FILE", help="more settings, YAML; repeatable")
     text = "one setting, like optim.lr=0.001; repeatable (`asr train --help-keys` lists all)"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
-    add("--init-from", metavar="FILE", help="begin with the weights of a checkpoint: --set training.init_from=FILE")
+    add("--init-from", metavar="FILE", help="begin with the weights of a checkpoint, or of average.pt in a folder")
     text = "what the test sets are decoded in: ms, or full for whole utterances, with commas between; each has results "
     text += "of its own, and the last line is that of the first (default: decoding.chunk_ms"
     more = CORPORA[corpus].Options().decode_chunks
@@ -182,6 +182,8 @@ def _run(argv: Sequence[str]) -> int:
 
     log_to_stdout()
     recipe, pipeline = make_recipe(name, args, continuing_command(name, argv[1:]), default_config(name))
+    if args.corpus_dir is None and recipe.corpus_dir is not None:
+        print(f"corpus: {recipe.corpus_dir}, as in the earlier run (--corpus-dir)", flush=True)
     selected = pipeline.select(args.stage, args.stop_stage)
     if args.dry_run:
         plan = pipeline.plan(selected, force=args.force)

@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -31,6 +32,8 @@ from asr.errors import UserError
 
 DONE_DIR = ".done"
 LOG_DIR = "logs"
+RUN_FILE = "config.yaml"
+"""What a run writes into its ``resume_dir`` before anything else: a folder without it is somebody's own."""
 
 
 class StageFailed(UserError):
@@ -53,7 +56,8 @@ class Stage:
     settings; a leading ``!`` leaves a sub-tree out (``("train", "!train.num_workers")``). ``local_keys`` make only this
     stage run again; later ones follow only if its outputs change (the place of the corpus, checks). ``resume_dir`` is a
     folder in which an interrupted run goes on; when the settings have changed it is renamed to ``<resume_dir>.old-N``,
-    and with it ``results_dir``, what later stages found out about it. ``check(context)`` raises a UserError for what it
+    and with it ``results_dir``, what later stages found out about it; of such folders whose ``checkpoints``, a folder
+    in them, is empty, only the newest is kept. ``check(context)`` raises a UserError for what it
     could not begin with, before anything of an earlier run is touched; a run that goes on is not asked.
     ``audio_s(context)`` is how much audio the stage has worked on, noted with its time: what later estimates go by.
     """
@@ -66,6 +70,7 @@ class Stage:
     local_keys: tuple[str, ...] = ()
     resume_dir: str | None = None
     results_dir: str | None = None
+    checkpoints: str | None = None
     check: Callable[[Any], None] | None = None
     audio_s: Callable[[Any], float] | None = None
 
@@ -146,6 +151,20 @@ def exists(path: Path) -> bool:
     return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
+def drop_failed_tries(folder: Path, checkpoints: str) -> None:
+    """Deletes each ``<folder>.old-N`` but the newest, of those in which a run wrote its settings and no checkpoint."""
+    tries = [
+        path
+        for path in folder.parent.glob(f"{folder.name}.old-*")
+        if (path / RUN_FILE).is_file()
+        and (path / checkpoints).is_dir()
+        and not any(path.rglob("*.pt"))
+        and not any((path / checkpoints).iterdir())
+    ]
+    for path in sorted(tries, key=lambda path: path.stat().st_mtime)[:-1]:
+        shutil.rmtree(path)
+
+
 def set_aside(*folders: Path) -> list[Path]:
     """Renames each folder to ``<folder>.old-N``, N free for all, and returns the new paths. Nothing is deleted."""
     number = 1
@@ -215,7 +234,8 @@ class Pipeline:
             return Status(True, "forced")
         marker = self.marker(stage.name)
         if marker is None:
-            return Status(True, "it has not finished yet")
+            begun = stage.resume_dir is not None and exists(self.exp_dir / stage.resume_dir)
+            return Status(True, "it has not finished yet" if begun else "it has not run yet")
         changed = _changes(marker.get("settings", {}), self.settings[stage.name])
         if changed:
             return Status(True, f"changed setting {changed}")
@@ -356,6 +376,8 @@ class Pipeline:
             kept = set_aside(folder, *([self.exp_dir / stage.results_dir] if stage.results_dir else []))
             where = " and ".join(str(path) for path in kept)
             print(f"stage {stage.name}: starts anew; the earlier run is kept in {where}", flush=True)
+            if stage.checkpoints is not None:
+                drop_failed_tries(folder, stage.checkpoints)
         write_atomic(started_path, json.dumps(started, indent=1) + "\n")
 
     def _failure(self, stage: Stage, error: Exception, go_on: str) -> StageFailed:

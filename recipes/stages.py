@@ -2,7 +2,7 @@
 
 Layout of an experiment folder::
 
-    data/corpus.json  data/audio/  data/cuts_<set>.jsonl.gz  data/bad_rows.txt                   download, prepare
+    data/corpus.json  data/audio/  data/cuts_<set>.jsonl.gz  data/{bad_rows.txt,checksums.json}  download, prepare
     data/features/cuts_<set>.jsonl.gz  data/features/stats.json                                  features
     tokenizer/tokenizer.json  tokenizer/tokens.txt                                               tokenizer
     train/checkpoints/  train/best.pt  train/metrics.jsonl  train/report.html                    train
@@ -38,9 +38,11 @@ from asr.errors import Terminated, UserError
 from asr.export import TARGETS
 from asr.export.config import ExportConfig
 from asr.models.context import Milliseconds
+from asr.training.fine_tuning import begin_file
 from asr.training.launch import Nodes, check_processes
 from recipes.corpora import CORPORA, Corpus
 from recipes.corpora.base import CorpusOptions
+from recipes.corpora.files import files_of
 from recipes.decoding import chosen_chunks, print_decoded, result_files, run_decode
 from recipes.engine import DONE_DIR, Pipeline, Stage, StageStopped, write_atomic
 from recipes.estimates import audio_of_stage
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from asr.checkpoint import Loaded
 
 CORPUS_FILE = "data/corpus.json"
+CHECKSUMS_FILE = "data/checksums.json"
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def run_prepare(recipe: Recipe) -> None:
     )
     for line in prepared.summary():
         print(f"  {line}", flush=True)
+    write_atomic(recipe.path(CHECKSUMS_FILE), json.dumps(prepared.checksums, indent=1) + "\n")
     config = recipe.experiment.data
     path = recipe.path("data/bad_rows.txt")
     report_bad_rows(prepared.bad_rows, prepared.num_rows, config.strict, config.max_bad_fraction, path)
@@ -314,15 +318,15 @@ def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Mill
             "prepare",
             run_prepare,
             (CORPUS_FILE,),
-            (*cuts, "data/audio", "data/bad_rows.txt"),
+            (*cuts, "data/audio", "data/bad_rows.txt", CHECKSUMS_FILE),
             ("corpus.options", "data_seed"),
-            checks,
+            (*checks, "corpus.files"),
             audio_s=partial(audio_of_stage, "prepare"),
         ),
         Stage(
             "features",
             run_features,
-            (*cuts, "data/audio"),
+            (*cuts, "data/audio", CHECKSUMS_FILE),
             (*features, *feature_files),
             ("experiment.data.features", "!experiment.data.features.num_jobs", "experiment.data.augment", "data_seed"),
             checks,
@@ -351,6 +355,7 @@ def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Mill
             checks,
             resume_dir="train",
             results_dir="decode",
+            checkpoints="checkpoints",
             check=check_beginning,
         ),
         Stage(
@@ -401,7 +406,7 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
     if args.seed is not None:
         overrides.append(f"seed={args.seed}")
     if args.init_from is not None:
-        overrides.append(f"training.init_from={Path(args.init_from).absolute()}")
+        overrides.append(f"training.init_from={begin_file(Path(args.init_from).absolute())}")
     if args.strict:
         overrides.append("data.strict=true")
     sounds = chosen_sounds({key: getattr(args, f"with_{key}") for key in SOUNDS}, args.download_dir)
@@ -442,6 +447,7 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
             "options": dataclasses.asdict(options),
             "archives": list(options.archives),
             "dir": str(corpus_dir.absolute()) if corpus_dir else None,
+            "files": files_of(corpus_dir, options.archives, args.exp_dir) if corpus_dir else None,
         },
         "data_seed": args.data_seed,
         "decode_chunks": chunks,

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--feature-stats", type=Path, metavar="FILE", help=text)
     text = "auto: go on from the newest checkpoint of the output folder; none: start anew; else a checkpoint"
     add("--resume", default="auto", metavar="auto|none|FILE", help=text)
-    add("--init-from", metavar="FILE", help="begin with the weights of a checkpoint: --set training.init_from=FILE")
+    add("--init-from", metavar="FILE", help="begin with the weights of a checkpoint, or of average.pt in a folder")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, or auto: cuda where there is one")
     add("--seed", type=int, metavar="N", help="the same as --set seed=N")
     add("--strict", action="store_true", help="stop if there are bad rows instead of leaving them out")
@@ -60,12 +60,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from asr.config import load_experiment
+    from asr.training.fine_tuning import begin_file
 
     overrides = list(args.set)
     if args.seed is not None:
         overrides.append(f"seed={args.seed}")
     if args.init_from is not None:
-        overrides.append(f"training.init_from={args.init_from}")
+        overrides.append(f"training.init_from={begin_file(Path(args.init_from))}")
     if args.strict:
         overrides.append("data.strict=true")
     experiment = load_experiment(args.config, overrides)  # first: a misspelled key must not wait for the data

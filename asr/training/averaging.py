@@ -118,7 +118,7 @@ def average(
         say(
             f"  {name}: {validation.errors} errors in {validation.words} {experiment.training.errors_in},"
             f" loss {validation.loss:.4f} a token"
-            " on the validation cuts"
+            f" on {f'{len(good)} of {len(good) + len(bad)}' if bad else 'the'} validation cuts"
         )
         if not scored or validation.rank < min(candidate.validation.rank for candidate in scored):
             chosen = {**payload, "averaged": name}

@@ -16,6 +16,12 @@ from asr.errors import UserError
 from asr.models.transducer import build_model
 
 
+def begin_file(path: Path) -> Path:
+    """The checkpoint that is meant: of a folder of training or of an experiment, its average.pt where there is one."""
+    inside = (path / "average.pt", path / "train" / "average.pt") if path.is_dir() else ()
+    return next((file for file in inside if file.is_file()), path)
+
+
 def begin_with(
     model: nn.Module, path: Path, experiment: Experiment, tokenizer: Tokenizer, say: Callable[[str], None]
 ) -> None:

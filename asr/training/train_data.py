@@ -55,10 +55,11 @@ def load_train_data(
     asked += [(f"more-{number}", path, fastest) for number, path in enumerate(more, 1)]
     bad: list[BadRow] = []
     good = []
-    total = 0
+    total = num_valid = 0
     for name, path, max_speed in asked:
         cuts = PackedCuts.open(path)
         total += len(cuts)
+        num_valid = len(cuts) if name == "valid" else num_valid
         found = _check(cuts, path, max_speed, tokenizer, experiment, out / f"checked-{name}.npz")
         bad += found.bad
         kept = cuts if len(found.usable) == len(cuts) else cuts.keep(found.usable.tolist())
@@ -73,7 +74,7 @@ def load_train_data(
             raise UserError(f"all cuts of {path} are bad; reasons in {out / 'bad_rows.txt'}")
     train, valid, *others = good
     together = JoinedCuts([train, *others], [1.0, *more.values()]) if others else train
-    return TrainData(together, valid, tokenizer, stats)
+    return TrainData(together, valid, tokenizer, stats, num_valid)
 
 
 class _Found(NamedTuple):

@@ -47,12 +47,14 @@ from asr.training.watchdog import Watchdog
 
 @dataclass
 class TrainData:
-    """Cuts that training may see, and what was made from them. ``stats`` None leaves features unscaled."""
+    """Cuts that training may see, and what was made from them. ``stats`` None leaves features unscaled; ``num_valid``
+    counts validation cuts with those that were left out, 0 where nobody knows."""
 
     train_cuts: Any
     valid_cuts: Any
     tokenizer: Tokenizer
     stats: FeatureStats | None = None
+    num_valid: int = 0
 
 
 @dataclass
@@ -322,9 +324,13 @@ class Trainer:
         rate = rate_name(self.config.errors_in)
         self.line.say(
             f"epoch {progress.epoch}: validation loss {result.loss:.4f} a token, {rate} {100 * result.wer:.2f}%"
-            f" [{result.errors} / {result.words}]"
+            f" [{result.errors} / {result.words}]{self._part(result.utterances)}"
         )
         return result
+
+    def _part(self, utterances: int) -> str:
+        given = self.data.num_valid or utterances
+        return f" on {utterances} of {given} utterances" if given != utterances else ""
 
     def _together(self, loader: BatchLoader, stop: Termination) -> Iterator[Batch]:
         """The same batches, with a look for signals after each: a pass over many of them outlasts the grace of most

@@ -26,11 +26,12 @@ if TYPE_CHECKING:  # asr.config imports asr.training
 @dataclass
 class Validation:
     """loss: transducer loss per token (nats); errors, words: of greedy or the configured search, with
-    ``training.errors_in`` characters counted as words."""
+    ``training.errors_in`` characters counted as words; utterances: how many that is on."""
 
     loss: float
     errors: int
     words: int
+    utterances: int = 0
 
     @property
     def wer(self) -> float:
@@ -56,7 +57,7 @@ def validate(
 
     Of several processes each has its share of the batches, and all get the result over all.
     """
-    total, tokens, errors, words = 0.0, 0, 0, 0
+    total, tokens, errors, words, utterances = 0.0, 0, 0, 0, 0
     decoding = experiment.decoding
     search = SEARCHES[decoding.search]
     split = partial(units_of, errors_in=experiment.training.errors_in)
@@ -67,10 +68,11 @@ def validate(
             enc, enc_lens = model.encode(batch.features, batch.feature_lens, *decoding.context)
             total += float(model.transducer_loss(enc, enc_lens, batch.targets, batch.target_lens, options).loss)
             tokens += int(batch.target_lens.sum())
+            utterances += len(batch.texts)
             for text, hypothesis in zip(batch.texts, search(model, enc, enc_lens, decoding), strict=True):
                 reference = split(text)
                 errors += edit_distance(reference, split(tokenizer.decode(hypothesis.tokens)))["total"]
                 words += len(reference)
-    total, *counts = (ranks or Ranks()).sum([total, tokens, errors, words])
-    tokens, errors, words = map(round, counts)
-    return Validation(total / max(tokens, 1), errors, words)
+    total, *counts = (ranks or Ranks()).sum([total, tokens, errors, words, utterances])
+    tokens, errors, words, utterances = map(round, counts)
+    return Validation(total / max(tokens, 1), errors, words, utterances)

@@ -89,14 +89,18 @@ def _texts(listed: Path, writer: CorpusWriter) -> dict[str, tuple[int, str, str]
 
 
 def _rows(root: Path, texts: dict[str, tuple[int, str, str]], writer: CorpusWriter) -> Iterator[Row]:
-    """Of each recording that is there; the list also has texts of recordings that were never published."""
+    """Of each recording that is there; what has a recording and no text, or a text and no recording, is bad."""
+    left = dict(texts)
     for split, folder in _FOLDERS.items():
         for audio in sorted((root / "wav" / folder).rglob("*.wav")):
+            left.pop(audio.stem, None)
             if audio.stem in texts:
                 line, speaker, text = texts[audio.stem]
                 yield Row(split, audio.stem, audio, text, speaker, root / _TRANSCRIPT, line)
             else:
                 writer.bad(audio, f"{root / _TRANSCRIPT} has no text of it")
+    for name, (line, _, _) in left.items():
+        writer.bad(root / _TRANSCRIPT, f"{name} has no recording in wav/", line)
 
 
 def prepare(corpus_dir: Path | None, data_dir: Path, *, seed: int, options: Options, num_jobs: int = 2) -> Prepared:

@@ -130,6 +130,7 @@ def _root(corpus_dir: Path | None, archives: tuple[str, ...]) -> Path:
 
 def _rows(split: str, part: Path, writer: CorpusWriter) -> Iterator[Row]:
     """What the lists of transcripts of one folder hold: SPEAKER-CHAPTER-NUMBER, and the words."""
+    named: set[Path] = set()
     for listed in sorted(part.rglob("*.trans.txt")):
         for number, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), 1):
             name, _, text = line.strip().partition(" ")
@@ -138,7 +139,11 @@ def _rows(split: str, part: Path, writer: CorpusWriter) -> Iterator[Row]:
                 if name:
                     writer.bad(listed, f"{name} is not SPEAKER-CHAPTER-NUMBER", number)
                 continue
-            yield Row(split, name, listed.parent / f"{name}.flac", text.strip(), match[1], listed, number)
+            audio = listed.parent / f"{name}.flac"
+            named.add(audio)
+            yield Row(split, name, audio, text.strip(), match[1], listed, number)
+    for audio in sorted(set(part.rglob("*.flac")) - named):
+        writer.bad(audio, "no .trans.txt beside it has a line for it")
 
 
 def prepare(corpus_dir: Path | None, data_dir: Path, *, seed: int, options: Options, num_jobs: int = 2) -> Prepared:

@@ -125,10 +125,9 @@ def expected_memory(
         except UserError as error:
             return f"peak memory: not known ({error})", []
     batch = f"{max(longest[0] / 100, experiment.data.max_duration_s):.0f} s, longest utterance {longest[0] / 100:.1f} s"
-    line = (
-        f"peak memory of training: about {text_of(peak)} on {device}, pages of files aside, of which {text_of(static)} "
-    )
-    line += f"{text_of(static)} always, in the largest batch ({batch}), preset {experiment.model.preset}; {text_of(free)} are free"
+    line = f"peak memory of training: about {text_of(peak)} on {device}, pages of files aside, of which "
+    line += f"{text_of(static)} always, in the largest batch ({batch}), preset {experiment.model.preset}; "
+    line += f"{text_of(free)} are free"
     if experiment.memory.limit is not None:
         return f"{line}; held to memory.limit={experiment.memory.limit}", []
     if peak <= free:

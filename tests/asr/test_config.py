@@ -290,3 +290,11 @@ def test_every_field_is_documented_beside_it() -> None:
                 visit(kind)
 
     visit(Experiment)
+
+
+def test_only_the_settings_that_are_wrong_are_named() -> None:
+    right = ["model.ctc=true", "seed=3"]
+    for wrong in ("optim.lr=abc", "data.max_duration_s=0"):
+        with pytest.raises(UserError, match=f"^{wrong}: ") as caught:
+            load_experiment(overrides=[*right, wrong])
+        assert "ctc" not in str(caught.value) and "seed" not in str(caught.value)

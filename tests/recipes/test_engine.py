@@ -70,6 +70,7 @@ class Recipe:
                 ("train",),
                 resume_dir="train",
                 results_dir="decode",
+                checkpoints="checkpoints",
                 check=self.check,
             ),
             Stage(
@@ -109,7 +110,7 @@ def test_all_stages_run_once_and_then_nothing(recipe: Recipe, capsys: pytest.Cap
     assert recipe.go() == ALL
     out = capsys.readouterr().out
     for number, name in enumerate(ALL):
-        assert f"stage {number} {name}: runs (it has not finished yet)" in out
+        assert f"stage {number} {name}: runs (it has not run yet)" in out
         assert re.search(rf"stage {name}: done in \d+\.\d s", out)
     assert recipe.go() == []
     assert capsys.readouterr().out.count("up to date") == len(ALL)
@@ -405,6 +406,26 @@ def test_every_new_training_keeps_all_old_ones(recipe: Recipe) -> None:
     for number, lr in enumerate((0.1, 0.2, 0.3), 1):
         assert (recipe.exp_dir / f"train.old-{number}" / "best.pt").read_text() == f"weights {lr}"
         assert (recipe.exp_dir / f"decode.old-{number}" / "wer").read_text() == f"result {lr}"
+
+
+def test_of_tries_without_a_checkpoint_only_the_newest_is_kept(recipe: Recipe) -> None:
+    train = recipe.exp_dir / "train"
+
+    def begin() -> None:
+        (train / "checkpoints").mkdir(parents=True)
+        (train / "config.yaml").write_text(f"lr: {recipe.settings['train']['lr']}")
+        if recipe.settings["train"]["lr"] in (2, 5):
+            (train / "checkpoints" / "step-1.pt").write_text("weights")
+        raise KeyboardInterrupt
+
+    recipe.hooks["train"] = begin
+    for lr in range(1, 8):
+        recipe.settings["train"]["lr"] = lr
+        with pytest.raises(KeyboardInterrupt):
+            recipe.go()
+        assert recipe.planned()["train"] == "it has not finished yet"
+    kept = {path: (path / "config.yaml").read_text() for path in recipe.exp_dir.glob("train.old-*")}
+    assert sorted(kept.values()) == ["lr: 2", "lr: 5", "lr: 6"]
 
 
 def test_a_training_folder_of_unknown_origin_is_kept(recipe: Recipe) -> None:

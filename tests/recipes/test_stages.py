@@ -143,6 +143,28 @@ def test_another_subset_is_downloaded(tmp_path: Path) -> None:
     assert [name for name in STAGES if before.hashes[name] != after.hashes[name]] == STAGES
 
 
+def test_changed_files_of_the_corpus_rerun_prepare(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.wav").write_text("x")
+    before = _pipeline(tmp_path / "exp", "--corpus-dir", str(corpus))
+    (corpus / "a.wav").write_text("mended")
+    after = _pipeline(tmp_path / "exp", "--corpus-dir", str(corpus))
+    assert [name for name in STAGES if before.settings[name] != after.settings[name]] == ["prepare"]
+    assert before.hashes == after.hashes, "what follows depends on what prepare makes of it"
+    assert "data/checksums.json" in after.stages[2].inputs
+
+
+def test_training_begins_with_the_average_of_a_folder(tmp_path: Path) -> None:
+    for name in ("a/average.pt", "b/train/average.pt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"")
+    for given, expected in (("a", "a/average.pt"), ("b", "b/train/average.pt"), ("c.pt", "c.pt")):
+        args = make_parser("yesno").parse_args(["--init-from", str(tmp_path / given), "--exp-dir", str(tmp_path / "e")])
+        recipe, _ = make_recipe("yesno", args, "command", None)
+        assert recipe.experiment.training.init_from == str(tmp_path / expected)
+
+
 def test_training_begins_with_no_file_that_is_missing_or_would_be_set_aside(tmp_path: Path) -> None:
     inside = tmp_path / "exp" / "train" / "average.pt"
     inside.parent.mkdir(parents=True)
@@ -195,6 +217,9 @@ def test_a_recipe_runs_stops_goes_on_and_is_not_repeated(tiny: Tiny, monkeypatch
     # data first; the corpus need not be named again afterwards
     lines = tiny.run("--corpus-dir", str(tiny.corpus), "--stop-stage", "tokenizer")
     assert _ran(lines) == STAGES[:4]
+    (tiny.corpus / "notes.txt").write_text("a file more, and the same recordings")
+    lines = tiny.run("--stop-stage", "tokenizer")
+    assert _ran(lines) == ["prepare"] and f"corpus: {tiny.corpus}, as in the earlier run (--corpus-dir)" in lines
     test_list = tiny.digest("data/cuts_test.jsonl.gz")
 
     # SIGTERM before training: exit code 0, not done

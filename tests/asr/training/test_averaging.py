@@ -166,6 +166,7 @@ def test_validation_texts_that_cannot_be_spelt_are_left_out_as_in_training(data:
     words = sum(len(cut.supervisions[0].text.split()) for number, cut in enumerate(cuts) if number != 1)
     assert {candidate.validation.words for candidate in candidates} == {words}
     assert "left out 1 of 3 validation cuts, the first: " in said[0] and "'UNHEARD'" in said[0]
+    assert all("on 2 of 3 validation cuts" in line for line in said if " errors in " in line)
     for cut in cuts:
         cut.supervisions[0].text = "UNHEARD"
     with pytest.raises(UserError, match="no validation cut can be used"):

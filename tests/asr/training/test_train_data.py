@@ -44,6 +44,7 @@ def test_tokens_must_fit_at_the_fastest_speed_of_training(tmp_path: Path) -> Non
     config = on_the_fly(1.0, FAST)
     data = load(tmp_path, config)
     assert (len(data.train_cuts), len(data.valid_cuts)) == (2, 3), "validation plays cuts at their own speed"
+    assert data.num_valid == 3
     rows = (tmp_path / "bad_rows.txt").read_text().splitlines()
     assert len(rows) == 1 and "tokens are more than the" in rows[0] and "train.jsonl.gz" in rows[0]
     settings = ["data.features.storage=on_the_fly", "training.max_epochs=1", "loss.method=pruned"]

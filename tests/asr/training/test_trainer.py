@@ -6,6 +6,7 @@ import math
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -462,6 +463,16 @@ def test_best_is_the_average_of_the_best_validation(data: TrainData, tmp_path: P
 def test_without_an_average_the_weights_themselves_are_judged(data: TrainData, tmp_path: Path) -> None:
     run(data, tmp_path, "training.max_epochs=1", "training.ema_decay=0")
     assert differences(checkpoint.read(tmp_path / "best.pt")["model"], newest(tmp_path)["model"]) == []
+
+
+def test_how_many_validation_utterances_there_were_is_said_where_some_are_missing(
+    data: TrainData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count = len(data.valid_cuts)
+    for given, says in ((count + 37, f"] on {count} of {count + 37} utterances"), (count, "]"), (0, "]")):
+        run(replace(data, num_valid=given), tmp_path / str(given), "training.max_steps=1")
+        said = [line for line in capsys.readouterr().out.splitlines() if "validation loss" in line]
+        assert said and all(line.endswith(says) for line in said)
 
 
 def test_validation_every_second_epoch_and_at_the_end(data: TrainData, tmp_path: Path) -> None:

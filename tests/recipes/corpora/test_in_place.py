@@ -65,10 +65,12 @@ def test_rows_that_cannot_be_used(english: Path, tmp_path: Path) -> None:
     (chapter / "1-77-0003.flac").write_text("no audio")
     write_16khz(chapter / "1-77-0004.flac")
     with open(chapter / "1-77.trans.txt", "a", encoding="utf-8") as file:
+        write_16khz(chapter / "1-77-0009.flac")
         file.write("1-77-0002 A\n1-77-0003 B\n1-77-0004\nnotes of mine\n\n")
     prepared = prepare_english(english, tmp_path / "data")
-    assert prepared.counts["train"] == 3 and prepared.num_rows == 4 * 5 + 4
+    assert prepared.counts["train"] == 3 and prepared.num_rows == 4 * 5 + 5
     said = {row.line: row.reason for row in prepared.bad_rows}
+    assert said.pop(0) == "no .trans.txt beside it has a line for it"
     assert "there is no such file" in said[1] and "at 8000 Hz, not one at 16000" in said[3]
     assert "not readable as audio" in said[4] and said[5] == "1-77-0004 has no text"
     assert said[6] == "notes is not SPEAKER-CHAPTER-NUMBER" and len(said) == 5
@@ -87,7 +89,8 @@ def test_wrong_folders_of_librispeech(english: Path, tmp_path: Path) -> None:
 def test_aishell_texts_have_no_spaces(mandarin: Path, tmp_path: Path) -> None:
     options = aishell.Options()
     prepared = aishell.prepare(mandarin, tmp_path / "data", seed=0, options=options)
-    assert prepared.counts == {"train": 2, "valid": 2, "test": 2} and not prepared.bad_rows
+    assert prepared.counts == {"train": 2, "valid": 2, "test": 2}
+    assert [(row.line, row.reason) for row in prepared.bad_rows] == [(1, "BAC009S0900W0001 has no recording in wav/")]
     assert texts(prepared.load("valid")) == {
         "BAC009S0001W0000": ("今天天气B好", "S0001"),
         "BAC009S0001W0001": ("今天天气B好", "S0001"),

@@ -41,6 +41,7 @@ CPU_DECODING = 85.0, 11.9e6, "85 times real time of preset m on 2 cores, asr/ben
 CUDA_TRAINING = {"batched": 1258.0, "samplewise": 129.0, "fused": 713.0, "pruned": 662.0}
 CUDA_PARAMETERS = 30.9e6
 SMALLER = 0.585  # exponent of the number of parameters from m down to s; larger models cost in proportion
+LITTLE_S = 600.0
 BEAM_SEARCH = 3.0  # as long as greedy search, about
 AUDIO_BYTES_PER_S = {".wav": 32e3, ".flac": 17e3, ".sph": 32e3, ".mp3": 8e3, ".m4a": 8e3, ".ogg": 8e3, ".opus": 4e3}
 
@@ -190,7 +191,7 @@ def _estimate(name: str, recipe: Recipe, pipeline: Pipeline, audio: Audio, param
     if name == "train":
         seconds, source = _training(recipe, audio, parameters)
     else:
-        rate, source = _measured(name, recipe, pipeline) or _default(name, recipe, parameters)
+        rate, source = _measured(name, recipe, pipeline, audio) or _default(name, recipe, parameters)
         seconds = audio.of_stage(name) / rate
     return Estimate(seconds, source, disk, recipe.exp_dir)
 
@@ -207,14 +208,19 @@ def _download(recipe: Recipe) -> Estimate:
     return Estimate(fetched / DOWNLOAD_BYTES_PER_S, source, disk, recipe.download_dir)
 
 
-def _measured(name: str, recipe: Recipe, pipeline: Pipeline) -> tuple[float, str] | None:
-    """The rate that the stage noted when it last ran here, on features that were stored or not as now."""
+def _measured(name: str, recipe: Recipe, pipeline: Pipeline, audio: Audio) -> tuple[float, str] | None:
+    """The rate that the stage noted when it last ran here, on features that were stored or not as now.
+
+    A run over a little audio is mostly its beginning and end, and says nothing about one over much.
+    """
     marker = pipeline.marker(name) or {}
     storage = "experiment.data.features.storage"
     settings = marker.get("settings", {})
     if not marker.get("audio_s") or not marker.get("seconds"):
         return None
     if settings.get(storage, recipe.experiment.data.features.storage) != recipe.experiment.data.features.storage:
+        return None
+    if marker["audio_s"] < LITTLE_S and audio.of_stage(name) > 2 * marker["audio_s"]:
         return None
     rate = marker["audio_s"] / marker["seconds"]
     return rate, f"measured: {rate:.0f} audio s/s when it last ran"

@@ -62,6 +62,8 @@ def test_counted_hours_and_measured_rates_go_first(tmp_path: Path) -> None:
     found, audio = estimates(recipe, pipeline, plan)
     assert found.keys() == {"decode", "train"} and audio == "audio: train 1.00 h, valid 0.50 h, test 0.25 h, counted"
     assert found["decode"].seconds == pytest.approx(90) and "measured" in found["decode"].source
+    (tmp_path / ".done" / "decode.json").write_text(json.dumps(done | {"audio_s": 60.0}))
+    assert "a guess" in estimates(recipe, pipeline, plan)[0]["decode"].source, "a minute tells little about more"
     guessed = found["train"]
     assert "a guess" in guessed.source and "0.1 h with all epochs" in guessed.source, "no more than max_steps batches"
 

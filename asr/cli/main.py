@@ -13,6 +13,7 @@ from asr.errors import UserError
 # name -> one line for `asr --help`. A module is imported only when its name is asked for: torch takes seconds to load.
 COMMANDS = {
     "train": "train a model from cut manifests and a configuration",
+    "lr-range": "suggest a learning rate: a short training in which it grows",
     "average": "average the weights of several checkpoints into one",
     "checkpoint": "turn the checkpoint folder of several processes into one file",
     "decode": "decode a cut manifest with a checkpoint and score it",

@@ -77,7 +77,7 @@ def _train(args: argparse.Namespace) -> int:
     from asr.device import resolve_device
     from asr.errors import UserError
     from asr.training.ranks import one_speaks, rank_device, started
-    from asr.training.train_data import load_train_data
+    from asr.training.train_data import learn_tokenizer, load_train_data
     from asr.training.trainer import train
 
     device = resolve_device(args.device)
@@ -96,8 +96,7 @@ def _train(args: argparse.Namespace) -> int:
             )
 
         def learn() -> Tokenizer:
-            texts = [part.text for cut in cuts for part in cut.supervisions if part.text]
-            tokenizer = Tokenizer.train(texts, experiment.tokenizer) if path is None else Tokenizer.load(path)
+            tokenizer = learn_tokenizer(cuts, experiment.tokenizer) if path is None else Tokenizer.load(path)
             tokenizer.save(kept)
             return tokenizer
 

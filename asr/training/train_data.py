@@ -7,11 +7,13 @@ import hashlib
 import json
 import zipfile
 import zlib
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from lhotse import MonoCut
 
 from asr.atomic import write_whole
 from asr.config import Experiment
@@ -20,7 +22,7 @@ from asr.data.bad_rows import BadRow, report_bad_rows
 from asr.data.features import FeatureStats, check_stored_features
 from asr.data.manifests import checked_cuts
 from asr.data.packed_cuts import JoinedCuts, PackedCuts
-from asr.data.tokenizer import Tokenizer
+from asr.data.tokenizer import Tokenizer, TokenizerConfig
 from asr.errors import UserError
 from asr.training.ranks import place
 from asr.training.trainer import TrainData
@@ -31,7 +33,7 @@ _FORMAT = 1  # of the notes
 def load_train_data(
     experiment: Experiment,
     train_cuts: Path,
-    valid_cuts: Path,
+    valid_cuts: Path | None,
     tokenizer: Tokenizer,
     stats: FeatureStats | None,
     out: Path,
@@ -39,6 +41,8 @@ def load_train_data(
     """Reads the manifests, those of ``data.more_cuts`` too, and leaves out what training cannot use.
 
     The reasons are in ``out / "bad_rows.txt"``.
+
+    Without ``valid_cuts`` there is nothing to validate on.
 
     Raises:
         UserError: a manifest that cannot be used; recordings for augmentation that are not there or broken; bad rows
@@ -51,7 +55,7 @@ def load_train_data(
     # stored features hold every speed already, each as a cut of its own
     fastest = max(experiment.data.augment.speed_factors) if on_the_fly else 1.0
     more = {Path(path): share for path, share in experiment.data.more_cuts.items()}
-    asked = [("train", train_cuts, fastest), ("valid", valid_cuts, 1.0)]
+    asked = [("train", train_cuts, fastest), *([("valid", valid_cuts, 1.0)] if valid_cuts is not None else [])]
     asked += [(f"more-{number}", path, fastest) for number, path in enumerate(more, 1)]
     bad: list[BadRow] = []
     good = []
@@ -72,7 +76,7 @@ def load_train_data(
     for (_, path, _), kept in zip(asked, good, strict=True):
         if len(kept) == 0:
             raise UserError(f"all cuts of {path} are bad; reasons in {out / 'bad_rows.txt'}")
-    train, valid, *others = good
+    train, valid, *others = good if valid_cuts is not None else [good[0], PackedCuts(), *good[1:]]
     together = JoinedCuts([train, *others], [1.0, *more.values()]) if others else train
     return TrainData(together, valid, tokenizer, stats, num_valid)
 
@@ -138,3 +142,8 @@ def _noted(note: Path, key: str) -> _Found | None:
             return _Found(arrays["usable"], arrays["tokens"], bad)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
+
+
+def learn_tokenizer(cuts: Iterable[MonoCut], config: TokenizerConfig) -> Tokenizer:
+    """A tokenizer of the training texts."""
+    return Tokenizer.train([part.text for cut in cuts for part in cut.supervisions if part.text], config)

@@ -55,7 +55,7 @@ def _measure(args: argparse.Namespace) -> int:
     load = args.tokenizer is not None
     tokenizer = Tokenizer.load(args.tokenizer) if load else learn_tokenizer(cuts, experiment.tokenizer)
     stats = compute_stats(cuts) if args.feature_stats is None else FeatureStats.load(args.feature_stats)
-    data = load_train_data(experiment, args.train_cuts, None, tokenizer, stats, args.out_dir)
+    data = load_train_data(experiment, args.train_cuts, None, tokenizer, stats, args.out_dir, note=False)
     curve = measure_range(experiment, data, args.out_dir, config, device)
     write_range(args.out_dir, curve, experiment, shlex.join(sys.argv))
     print(f"{range_text(curve)}; {args.out_dir / 'lr_range.png'}")

@@ -37,12 +37,15 @@ def load_train_data(
     tokenizer: Tokenizer,
     stats: FeatureStats | None,
     out: Path,
+    *,
+    note: bool = True,
 ) -> TrainData:
     """Reads the manifests, those of ``data.more_cuts`` too, and leaves out what training cannot use.
 
     The reasons are in ``out / "bad_rows.txt"``.
 
-    Without ``valid_cuts`` there is nothing to validate on.
+    Without ``valid_cuts`` there is nothing to validate on. With ``note``, what was found is noted in ``out``, and a
+    training that goes on does not look at all cuts again.
 
     Raises:
         UserError: a manifest that cannot be used; recordings for augmentation that are not there or broken; bad rows
@@ -64,7 +67,7 @@ def load_train_data(
         cuts = PackedCuts.open(path)
         total += len(cuts)
         num_valid = len(cuts) if name == "valid" else num_valid
-        found = _check(cuts, path, max_speed, tokenizer, experiment, out / f"checked-{name}.npz")
+        found = _check(cuts, path, max_speed, tokenizer, experiment, out / f"checked-{name}.npz" if note else None)
         bad += found.bad
         kept = cuts if len(found.usable) == len(cuts) else cuts.keep(found.usable.tolist())
         kept.tokens = found.tokens
@@ -90,9 +93,9 @@ class _Found(NamedTuple):
 
 
 def _check(
-    cuts: PackedCuts, path: Path, max_speed: float, tokenizer: Tokenizer, experiment: Experiment, note: Path
+    cuts: PackedCuts, path: Path, max_speed: float, tokenizer: Tokenizer, experiment: Experiment, note: Path | None
 ) -> _Found:
-    """Looks at every cut once; the outcome is noted, so that a training that goes on does not look at all again.
+    """Looks at every cut, or at a note of an earlier time.
 
     A note of another manifest, tokenizer or setting does not count, nor one by which a cut is bad that is not so now.
     """
@@ -108,7 +111,7 @@ def _check(
         source=path,
         check_audio=on_the_fly,
     )
-    known = _noted(note, key)
+    known = None if note is None else _noted(note, key)
     if known is not None:
         left_out = np.setdiff1d(np.arange(len(cuts)), known.usable).tolist()
         if all(one.bad is not None for one in check(cuts[number] for number in left_out)):
@@ -123,7 +126,7 @@ def _check(
         usable.append(number)
         tokens.append(one.tokens)
     found = _Found(np.array(usable, np.int64), np.array(tokens, np.int32), bad)
-    if place().first:
+    if note is not None and place().first:
         rows = json.dumps([dataclasses.astuple(row) for row in bad])
         note.parent.mkdir(parents=True, exist_ok=True)
         write_whole(

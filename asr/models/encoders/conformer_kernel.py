@@ -455,7 +455,7 @@ def step_blocks(
         weights: of each block.
         blocks: caches of each: keys, values and those of the convolution.
         lens: int64 [B], frames that are there, or None for all.
-        known: int64 [B], cached frames since a stream began, at most L.
+        known: [B], cached frames since a stream began, at most L; exported models have them as float.
         angle: [B, C, d / 2].
         threads: how many share out the streams.
         in_place: whether the caches may be written over.
@@ -464,7 +464,7 @@ def step_blocks(
         float32 [B, C, D], 0 behind ``lens``; the caches of each block after the chunk.
     """
     batch_size, frames, dim = x.shape
-    counts = np.full(batch_size, frames) if lens is None else lens.numpy()
+    counts = np.full(batch_size, frames) if lens is None else lens.long().numpy()
     caches = [(keys.contiguous(), values.contiguous(), conv.contiguous()) for keys, values, conv in blocks]
     after = (
         caches
@@ -476,7 +476,7 @@ def step_blocks(
     before = [Caches(*(cache.numpy() for cache in own)) for own in caches]
     written = [Caches(*(cache.numpy() for cache in own)) for own in after]
     widest = max(max(3 * dim, one.ff1.up.bias.size) for one in weights)
-    known_frames, cos, sin = known.numpy(), angle.cos().numpy(), angle.sin().numpy()
+    known_frames, cos, sin = known.long().numpy(), angle.cos().numpy(), angle.sin().numpy()
     there = np.arange(frames) < counts[:, None]
     out = torch.zeros_like(x)
     rows_in, rows_out = x.numpy(), out.numpy()

@@ -213,3 +213,11 @@ def test_a_state_is_left_alone_unless_it_may_be_written_over(model: Conformer) -
     again, written = model.step(features, state, in_place=True)
     assert torch.equal(first, again) and written.blocks[0].keys.data_ptr() == state.blocks[0].keys.data_ptr()
     assert all(torch.equal(a, b) for a, b in zip(tree_leaves(after), tree_leaves(written), strict=True))
+
+
+@torch.no_grad()
+def test_exported_models_count_frames_in_float(model: Conformer) -> None:
+    features = torch.randn(2, 35, 80)
+    _, state = model.step(features, model.init_state(2, 16))
+    counted = state._replace(frames=state.frames.float())
+    assert torch.equal(model.step(features, state)[0], model.step(features, counted)[0])

@@ -206,10 +206,13 @@ class StreamingRecognizer:
             self._states = _map(lambda old, new: torch.cat([old, new]), self._states, self._first(more))
             self._free = list(range(size + more - 1, size - 1, -1))
         slot = self._free.pop()
-        encoder, search = self._states
-        self._model.encoder.restart(encoder, slot)
-        _map(lambda old, new: old[slot : slot + 1].copy_(new), search, self._fresh)
+        self._model.encoder.restart(self._states[0], slot)
+        self._forget_text(slot)
         return Stream(self._tokenizer, self._symbols, self._inside, self._fbank.stream(), self._chunk_frames, slot)
+
+    def _forget_text(self, slot: int) -> None:
+        """The search of a stream begins anew."""
+        _map(lambda old, new: old[slot : slot + 1].copy_(new), self._states[1], self._fresh)
 
     def close(self, stream: Stream) -> None:
         """Ends a stream at once, without its tail."""
@@ -270,8 +273,7 @@ class StreamingRecognizer:
                 # as device runtimes do: the encoder goes on hearing, the last tokens are the context of the next ones,
                 # and only a segment without text makes the search forget
                 if not said:
-                    slot = stream._slot
-                    _map(lambda old, new, slot=slot: old[slot : slot + 1].copy_(new), self._states[1], self._fresh)
+                    self._forget_text(stream._slot or 0)
             elif self._too_long(stream):
                 stream._cut()  # in the midst of speech: the search goes on
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from asr.errors import UserError
+from asr.training.scaled_adam import own_part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ALIGNMENT = 64
@@ -37,7 +38,7 @@ def map_moments(optimizer: torch.optim.Optimizer, path: Path) -> dict[Tensor, di
             f"memory.offload=file keeps optimizer state for weights in CPU memory, and they are on {away}; choose "
             "--device cpu, or memory.offload=cpu with parallel.zero=3 and several processes"
         )
-    sizes = [-(-_local(p).nbytes // ALIGNMENT) * ALIGNMENT for p in weights]
+    sizes = [-(-own_part(p).nbytes // ALIGNMENT) * ALIGNMENT for p in weights]
     memory = _map(path, len(MOMENTS) * sum(sizes))
     places: dict[Tensor, dict[str, Tensor]] = {}
     start = 0
@@ -50,7 +51,7 @@ def map_moments(optimizer: torch.optim.Optimizer, path: Path) -> dict[Tensor, di
         for p, moments in places.items():
             if p.grad is not None and not optimizer.state[p]:
                 for moment in moments.values():
-                    _local(moment).zero_()
+                    own_part(moment).zero_()
                 optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32), **moments}
 
     optimizer.register_step_pre_hook(begin)
@@ -71,15 +72,10 @@ def _map(path: Path, size: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), size)
 
 
-def _local(x: Tensor) -> Tensor:
-    """What this process has of a tensor that several share; a tensor of one process as it is."""
-    return x.to_local().detach() if isinstance(x, DTensor) else x.detach()
-
-
 def _tensor(memory: mmap.mmap, start: int, like: Tensor) -> Tensor:
     """A tensor with its place in the file, shared out as another is. Each has a storage of its own: checkpoints hold
     no more than it."""
-    local = _local(like)
+    local = own_part(like)
     if local.numel() == 0:  # a weight with fewer rows than processes
         return torch.zeros_like(like)
     flat = torch.frombuffer(memory, dtype=local.dtype, count=local.numel(), offset=start)

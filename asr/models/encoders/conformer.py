@@ -345,11 +345,6 @@ class Conformer(nn.Module):
             there = torch.where(lens > 0, 4 * lens + 3, 0)
             x = x.masked_fill(~length_mask(there, num_frames)[..., None], 0.0)
         x = self.subsampling(x)
-        frame = torch.arange(left + chunk, device=x.device)
-        allowed = frame >= left - frames[:, None]
-        if lens is not None:
-            # who has nothing to say still needs one key, or its softmax would be over nothing
-            allowed &= frame < left + lens.clamp(min=1)[:, None]
         rates = rotary_rates(self.dim // self.config.num_heads, x.device)
         angle = clock[:, None] + torch.arange(chunk, device=x.device)[:, None] * rates
         clock = clock + (chunk if lens is None else lens[:, None]) * rates
@@ -360,6 +355,11 @@ class Conformer(nn.Module):
             threads = threads or torch.get_num_threads()
             x, caches = conformer_kernel.step_blocks(x, weights, state.blocks, lens, frames, angle, threads, in_place)
             return x, ConformerState(tuple(BlockState(*own) for own in caches), heard, clock)
+        frame = torch.arange(left + chunk, device=x.device)
+        allowed = frame >= left - frames[:, None]
+        if lens is not None:
+            # who has nothing to say still needs one key, or its softmax would be over nothing
+            allowed &= frame < left + lens.clamp(min=1)[:, None]
         # as numbers to add: attention would turn it into them in each block
         bias = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill(~allowed, -torch.inf)
         window = Window(chunk, lens, bias[:, None, None], angle)

@@ -2,7 +2,7 @@
 
 A chunk of a stream is eight frames: products of eight rows, for which torch's matrix product reaches a fraction of
 the processor, and some fifty small operations a block, each of which costs more to start than to do. Here a block is
-one call that holds no lock, so that threads share out the streams; frames that are not there, and cached frames from
+eight calls that hold no lock, so that threads share out the streams; frames that are not there, and cached frames from
 before a stream began, are not computed at all. Only the order of sums differs from torch's.
 
 Symbols: N streams of a thread; R rows of x, their frames one after the other, filled up to a multiple of 4; the others
@@ -110,7 +110,7 @@ def _products(x, rows, weight, y, first):
     for n in range(0, whole, 3):
         u, v, w = weight[n], weight[n + 1], weight[n + 2]
         at = first + n
-        for r in range(0, rows, 4):
+        for r in range(0, rows, ROWS):
             # 12 sums, 3 weights and a number of x are the 16 registers of AVX2
             x0, x1, x2, x3 = x[r], x[r + 1], x[r + 2], x[r + 3]
             a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = np.float32(0.0)
@@ -133,7 +133,7 @@ def _products(x, rows, weight, y, first):
             y[r + 3, at], y[r + 3, at + 1], y[r + 3, at + 2] = a3, b3, c3
     for n in range(whole, count):
         u = weight[n]
-        for r in range(0, rows, 4):
+        for r in range(0, rows, ROWS):
             x0, x1, x2, x3 = x[r], x[r + 1], x[r + 2], x[r + 3]
             a0 = a1 = a2 = a3 = np.float32(0.0)
             for k in range(width):
@@ -269,16 +269,16 @@ def _attend(wide, chunk, before, after, y):
     qkv = wide[: 3 * y.size].reshape(y.shape[0], 3 * dim)
     scale = np.float32(1.0) / np.sqrt(np.float32(head_dim))
     longest = chunk.counts.max()
-    padded = (longest + 3) // 4 * 4
+    padded = (longest + ROWS - 1) // ROWS * ROWS
     queries = np.zeros((padded, head_dim), np.float32)
     keys = np.zeros((longest, head_dim), np.float32)
     values = np.zeros((longest, head_dim), np.float32)
     room = np.zeros(padded * (left + longest), np.float32)
-    sums = np.zeros((4, head_dim), np.float32)
+    sums = np.zeros((ROWS, head_dim), np.float32)
     for i in range(chunk.counts.size):
         b, count, begin = chunk.first + i, chunk.counts[i], chunk.begins[i]
         known = chunk.known[b]
-        rows, width = (count + 3) // 4 * 4, known + count
+        rows, width = (count + ROWS - 1) // ROWS * ROWS, known + count
         scores = room[: rows * width].reshape(rows, width)
         for h in range(heads):
             for t in range(count):
@@ -296,13 +296,13 @@ def _attend(wide, chunk, before, after, y):
             _products(queries, rows, before.keys[b, h, left - known :], scores, np.int64(0))
             _products(queries, rows, keys[:count], scores, known)
             _softmax(scores, count)
-            for t in range(0, rows, 4):
-                for r in range(4):
+            for t in range(0, rows, ROWS):
+                for r in range(ROWS):
                     for j in range(head_dim):
                         sums[r, j] = np.float32(0.0)
                 _add_weighted(scores, t, np.int64(0), old, sums)
                 _add_weighted(scores, t, known, values[:count], sums)
-                for r in range(min(4, count - t)):
+                for r in range(min(ROWS, count - t)):
                     for j in range(head_dim):
                         y[begin + t + r, h * head_dim + j] = sums[r, j]
             _append(before.keys[b, h], keys[:count], after.keys[b, h])

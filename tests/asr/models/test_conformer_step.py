@@ -39,6 +39,7 @@ def moved(state: ConformerState) -> ConformerState:
     return tree_unflatten(torch.load(file, weights_only=True), form)  # type: ignore[no-any-return]
 
 
+@torch.no_grad()
 def streamed(
     model: Conformer,
     utterances: list[Tensor],
@@ -52,20 +53,6 @@ def streamed(
     threads: int = 1,
 ) -> list[Tensor]:
     """Each utterance from the step on at which it starts, or once a row is free; garbage where nothing is to hear."""
-    with torch.set_grad_enabled(not compiled):  # compiled loops have no gradients
-        return _streamed(model, utterances, starts, chunk, left, rows, in_place, threads)
-
-
-def _streamed(
-    model: Conformer,
-    utterances: list[Tensor],
-    starts: list[int],
-    chunk: int,
-    left: int,
-    rows: int,
-    in_place: bool,
-    threads: int,
-) -> list[Tensor]:
     state, fresh = model.init_state(rows, left), model.init_state(1, left)
     waiting = sorted(range(len(utterances)), key=lambda i: starts[i])
     at: dict[int, tuple[int, int]] = {}  # by row: utterance, encoder frames heard
@@ -76,8 +63,7 @@ def _streamed(
             if row not in at and waiting and starts[waiting[0]] <= step:
                 at[row] = (waiting.pop(0), 0)
                 if waiting and len(waiting) % 2:
-                    with torch.no_grad():
-                        model.restart(state, row)
+                    model.restart(state, row)
                     continue
                 for old, new in zip(tree_leaves(state), tree_leaves(fresh), strict=True):
                     old[row : row + 1] = new
@@ -91,7 +77,8 @@ def _streamed(
         before = moved(state) if step % 3 == 2 else state
         was = moved(before) if in_place else before
         missing = None if min(counts) == chunk else lens
-        enc, state = model.step(features, before, missing, threads=threads, in_place=in_place)
+        with torch.set_grad_enabled(not compiled):  # compiled loops have no gradients
+            enc, state = model.step(features, before, missing, threads=threads, in_place=in_place)
         enc, state = enc.detach(), tree_map(Tensor.detach, state)
         assert torch.isfinite(enc).all()
         for row in range(rows):

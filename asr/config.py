@@ -74,6 +74,11 @@ class Experiment:
             return
         if self.loss.ctc_weight > 0 and not self.model.ctc:
             raise UserError(f"loss.ctc_weight={self.loss.ctc_weight} needs a CTC head; set model.ctc=true")
+        if self.loss.ctc_targets == "characters" and self.tokenizer.kind in ("word", "word_end"):
+            raise UserError(
+                f"loss.ctc_targets=characters: tokens of tokenizer.kind={self.tokenizer.kind} are whole words, whose "
+                "characters are no tokens; use bpe, unigram, byte_bpe or char"
+            )
         if self.loss.ctc_weight < 0:
             raise UserError(f"loss.ctc_weight={self.loss.ctc_weight} must be at least 0")
         if self.loss.method not in LOSSES:

@@ -181,6 +181,22 @@ class Tokenizer:
             return recover(map(read_bytes, parts))
         return [(character, (position,)) for position, part in enumerate(parts) for character in part]
 
+    def spelling(self) -> list[list[int]]:
+        """Of each id those of its characters (of byte_bpe, bytes), which sentencepiece has among its pieces; of blank
+        and unknown none.
+
+        Raises:
+            UserError: tokens are whole words, whose characters are no tokens.
+        """
+        if self.kind in ("word", "word_end"):
+            raise UserError(
+                f"tokenizer.kind={self.kind} has no tokens for characters; use bpe, unigram, byte_bpe or char"
+            )
+        return [
+            [] if symbol in (BLANK, UNKNOWN) else [self._ids[character] for character in symbol]
+            for symbol in self._symbols
+        ]
+
     @property
     def inside(self) -> frozenset[int]:
         """The tokens that go on within a character; only byte_bpe has such."""

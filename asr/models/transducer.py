@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from asr.models.encoders import ENCODERS, ConformerConfig
 from asr.models.joiner import Joiner, JoinerConfig, init_blank_bias
@@ -73,6 +75,9 @@ class LossConfig:
             trivial joiner has learnt. icefall counts 2,000 steps; a fraction, as shaping_from and the fall of the
             learning rate are, also fits a run of 400 steps.
         ctc_weight: the CTC loss enters with this weight; needs ``model.ctc``.
+        ctc_targets: what CTC writes: the "tokens", or the "characters" (of byte_bpe, bytes) that spell them, as
+            hierarchical CTC (Sanabria and Metze 2018) does in one of its layers. A model learns to hear from few hours
+            by characters, each of which it meets far more often than a word piece.
     """
 
     method: str = "fused"
@@ -90,6 +95,7 @@ class LossConfig:
     simple_loss_scale: float = 0.5
     simple_warmup: float = 0.1
     ctc_weight: float = 0.0
+    ctc_targets: Literal["tokens", "characters"] = "tokens"
 
     def options(self, done: float = 1.0) -> TransducerLossOptions:
         """What the loss teaches when the fraction ``done`` of the run lies behind.
@@ -136,6 +142,8 @@ class Transducer(nn.Module):
         vocab_size: V, blank (id 0) included.
         feature_mean, feature_scale: float [F], fixed buffers of the encoder; None for zeros and ones.
         simple_joiner: add the trivial joiner that loss.method=pruned trains along.
+        spelling: of each token the tokens of its characters, as `Tokenizer.spelling`, for loss.ctc_targets=characters;
+            not among the weights.
     """
 
     def __init__(
@@ -146,6 +154,7 @@ class Transducer(nn.Module):
         feature_scale: Tensor | None = None,
         *,
         simple_joiner: bool = False,
+        spelling: Sequence[Sequence[int]] | None = None,
     ):
         super().__init__()
         self.config = config
@@ -156,6 +165,8 @@ class Transducer(nn.Module):
         self.ctc_head = nn.Linear(self.encoder.dim, vocab_size) if config.ctc else None
         if self.ctc_head is not None:
             init_blank_bias(self.ctc_head)
+        self.spelling: Tensor | None
+        self.register_buffer("spelling", None if spelling is None else _padded(spelling), persistent=False)
 
     def encode(
         self,
@@ -223,6 +234,10 @@ class Transducer(nn.Module):
         log_probs = self.ctc_log_probs(enc)
         if log_probs is None:
             raise ValueError(f"loss.ctc_weight={loss.ctc_weight} needs a CTC head; set model.ctc=true")
+        if loss.ctc_targets == "characters":
+            if self.spelling is None:
+                raise ValueError("loss.ctc_targets=characters needs the spelling of the tokens, which is not given")
+            targets, target_lens = spell(targets, target_lens, self.spelling)
         with torch.autocast(features.device.type, enabled=False):
             ctc = F.ctc_loss(
                 log_probs.transpose(0, 1), targets, enc_lens, target_lens, blank=0, reduction="sum", zero_infinity=True
@@ -230,15 +245,40 @@ class Transducer(nn.Module):
         return TransducerLosses(total + loss.ctc_weight * ctc, result.loss, result.simple_loss, ctc)
 
 
+def _padded(spelling: Sequence[Sequence[int]]) -> Tensor:
+    """[V, L] int64, padded with 0."""
+    return pad_sequence([torch.tensor(row, dtype=torch.int64) for row in spelling], batch_first=True)
+
+
+def spell(targets: Tensor, target_lens: Tensor, spelling: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets written in characters.
+
+    Args:
+        targets: [B, U] int64, padded with anything.
+        target_lens: [B] int64.
+        spelling: [V, L] int64, of each token those of its characters, padded with 0.
+
+    Returns:
+        The characters of all utterances one after the other, [N] int64, and their number in each, [B] int64.
+    """
+    inside = torch.arange(targets.size(1), device=targets.device) < target_lens[:, None]
+    characters = spelling[targets * inside]
+    there = (characters != 0) & inside[:, :, None]
+    return characters[there], there.sum((1, 2))
+
+
 def build_model(
     experiment: Experiment,
     vocab_size: int,
     feature_mean: Tensor | None = None,
     feature_scale: Tensor | None = None,
+    spelling: Sequence[Sequence[int]] | None = None,
 ) -> Transducer:
     """The model of an experiment: its architecture, and the trivial joiner if its loss needs one."""
     simple = experiment.loss.method in USE_SIMPLE
-    return Transducer(experiment.model, vocab_size, feature_mean, feature_scale, simple_joiner=simple)
+    return Transducer(
+        experiment.model, vocab_size, feature_mean, feature_scale, simple_joiner=simple, spelling=spelling
+    )
 
 
 def parameter_counts(model: Transducer) -> dict[str, int]:

@@ -224,7 +224,8 @@ def expected_peak(
         UserError: this system does not tell how much memory a process has.
         MemoryError: there is not enough to measure it.
     """
-    model = build_model(experiment, vocab_size).to(device)
+    # tokens of four characters, about what word pieces of English have
+    model = build_model(experiment, vocab_size, spelling=[[1, 2, 1, 2]] * vocab_size).to(device)
     precision = resolve_precision(experiment.training.precision, device)
     probe = _Probe(experiment, model, longest, Ranks(), device, precision)
     static = probe.static(experiment.memory.offload)

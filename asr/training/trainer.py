@@ -124,6 +124,7 @@ class Trainer:
             data.tokenizer.vocab_size,
             None if stats is None else torch.as_tensor(stats.mean),
             None if stats is None else torch.as_tensor(stats.scale),
+            data.tokenizer.spelling() if experiment.loss.ctc_targets == "characters" else None,
         ).to(self.device)
         if self.config.init_from is not None and not resumed:
             begin_with(self.model, Path(self.config.init_from), experiment, data.tokenizer, self.line.say)

@@ -187,3 +187,21 @@ def test_word_end_puts_a_token_behind_every_word() -> None:
     with pytest.raises(UnknownToken, match="'MAYBE'"):
         tokenizer.encode("YES MAYBE")
     assert Tokenizer.from_state(tokenizer.to_state()) == tokenizer
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char", "byte_bpe"])
+def test_spelling_gives_the_same_text_in_characters(kind: str) -> None:
+    size = 262 if kind == "byte_bpe" else 40
+    made = Tokenizer.train(TEXTS, TokenizerConfig(kind=kind, vocab_size=size))  # type: ignore[arg-type]
+    spelling = made.spelling()
+    assert len(spelling) == made.vocab_size and spelling[0] == []
+    for text in TEXTS:
+        letters = [letter for token in made.encode(text) for letter in spelling[token]]
+        assert made.decode(letters) == made.decode(made.encode(text))
+        assert all(len(made.symbols[letter]) == 1 for letter in letters)
+
+
+@pytest.mark.parametrize("kind", ["word", "word_end"])
+def test_whole_words_have_no_spelling(kind: str) -> None:
+    with pytest.raises(UserError, match="tokenizer.kind=word"):
+        Tokenizer.train(TEXTS, TokenizerConfig(kind=kind)).spelling()  # type: ignore[arg-type]

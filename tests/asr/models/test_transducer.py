@@ -84,6 +84,31 @@ def test_ctc_weight_without_a_head_is_refused() -> None:
         model(*_batch(), LossConfig(ctc_weight=0.5))
 
 
+SPELLING = [[], [1], [2], [1, 2], [2, 2], [2, 1, 1], []]
+
+
+def test_ctc_writes_the_characters_of_the_tokens() -> None:
+    """As by a loop over utterances and tokens; what stands in the padding does not count."""
+    experiment = _experiment("fused", ctc_targets="characters")
+    model = build_model(experiment, 7, spelling=SPELLING).eval()
+    features, feature_lens, targets, target_lens = _batch()
+    targets = torch.where(torch.arange(targets.size(1)) < target_lens[:, None], targets, 3)
+    found = model(features, feature_lens, targets, target_lens, experiment.loss).ctc
+    log_probs = model.ctc_log_probs(model.encode(features, feature_lens)[0])
+    enc_lens = model.encode(features, feature_lens)[1]
+    expected = torch.zeros(())
+    for b, row in enumerate(targets.tolist()):
+        letters = [letter for token in row[: target_lens[b]] for letter in SPELLING[token]]
+        expected = expected + torch.nn.functional.ctc_loss(
+            log_probs[b], torch.tensor(letters), enc_lens[b : b + 1], torch.tensor([len(letters)]), reduction="sum"
+        )
+    assert found is not None and float(found.detach()) > 1
+    torch.testing.assert_close(found, expected)
+    assert "spelling" not in model.state_dict()
+    with pytest.raises(ValueError, match="spelling of the tokens"):
+        build_model(experiment, 7)(*_batch(), experiment.loss)
+
+
 def _experiment(method: str, **loss: Any) -> Experiment:
     return from_dict({"model": {"preset": "xs", "ctc": True}, "loss": {"method": method, "ctc_weight": 0.3, **loss}})
 

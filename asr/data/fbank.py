@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import kaldi_native_fbank
 import numpy as np
@@ -28,6 +28,8 @@ SUBSAMPLING = 4
 """Feature frames per encoder frame: two unpadded 3x3 stride-2 convolutions, T' = (T - 3) // 4."""
 EXTRA_FRAMES = 3
 """Feature frames that a chunk of C encoder frames needs beyond its own 4C."""
+
+Count = TypeVar("Count", int, np.ndarray)
 
 
 @dataclass
@@ -60,20 +62,22 @@ class FeatureConfig:
             raise ValueError(f"num_jobs={self.num_jobs}; at least 1 is needed")
 
 
-def padded_num_samples(num_samples: int, config: FeatureConfig) -> int:
-    """Length of a waveform after ``pad_tail``: a whole number of chunks plus three frames of overlap, in samples."""
+def padded_num_samples(num_samples: Count, config: FeatureConfig) -> Count:
+    """Length of a waveform after ``pad_tail``: a whole number of chunks plus three frames of overlap, in samples.
+
+    Of one waveform, or of many: int64 in and out, as in what follows."""
     chunk = config.tail_chunk_ms * SAMPLE_RATE_HZ // 1000
     overlap = EXTRA_FRAMES * FRAME_SHIFT_SAMPLES
-    whole_chunks = max(0, -(-(num_samples - overlap) // chunk))
-    return (whole_chunks + 1) * chunk + overlap
+    whole_chunks = -(-(num_samples - overlap) // chunk)
+    return (whole_chunks * (whole_chunks > 0) + 1) * chunk + overlap
 
 
-def num_feature_frames(num_samples: int, config: FeatureConfig) -> int:
+def num_feature_frames(num_samples: Count, config: FeatureConfig) -> Count:
     """Feature frames T of a waveform of ``num_samples`` (before its tail); (T - 3) // 4 is a number of whole chunks."""
     return padded_num_samples(num_samples, config) // FRAME_SHIFT_SAMPLES
 
 
-def num_encoder_frames(num_samples: int, config: FeatureConfig) -> int:
+def num_encoder_frames(num_samples: Count, config: FeatureConfig) -> Count:
     """Encoder frames T' = (T - 3) // 4 of a waveform of ``num_samples`` (before its tail): whole chunks."""
     return (num_feature_frames(num_samples, config) - EXTRA_FRAMES) // SUBSAMPLING
 

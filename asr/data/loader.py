@@ -28,7 +28,6 @@ from asr.data.augmentation import (
     AugmentConfig,
     SpecAugmentConfig,
     check_recordings,
-    random_generator,
     spec_augment,
 )
 from asr.data.batch import Batch, collate
@@ -42,6 +41,7 @@ from asr.data.features import (
     num_encoder_frames,
 )
 from asr.data.packed_cuts import ChosenCuts, ExpandedCuts, JoinedCuts, PackedCuts, cuts_of_epoch
+from asr.data.plan import plan_epoch, split_by_lattice
 from asr.data.tokenizer import Tokenizer, UnknownToken
 from asr.data.utterances import Utterance, Utterances
 from asr.errors import UserError
@@ -124,7 +124,7 @@ class BatchLoader(Iterable[Batch]):
     def __init__(
         self,
         dataset: BatchDataset,
-        batches: list[list[int]],
+        batches: Sequence[list[int]],
         num_workers: int,
         pin_memory: bool,
         own: int | None = None,
@@ -296,16 +296,16 @@ def train_loader(
     of_epoch, chosen = _cuts_of_epoch(plain, config, seed, epoch)
     if not stored:
         check_recordings(config.augment, headers=False)  # before workers are forked, which then share the lists
-    tokens: list[int] = []
+    tokens = np.zeros(0, np.int64)
     if config.max_lattice_cells or config.augment.concat_prob > 0:
         counted = plain.tokens if isinstance(plain, PackedCuts | JoinedCuts) else None
         if counted is None:
             counted = np.array([len(tokenizer.encode(transcript(cut))) for cut in plain])
-        tokens = counted[chosen % len(plain)].tolist()
+        tokens = counted[chosen % len(plain)].astype(np.int64)
 
     def fits(first: int, second: int, num_samples: int) -> bool:
         # a token a frame, as of cuts (check_cuts); one may come between them
-        return tokens[first] + tokens[second] + 1 <= num_encoder_frames(num_samples, config.features)
+        return bool(tokens[first] + tokens[second] + 1 <= num_encoder_frames(num_samples, config.features))
 
     utterances = Utterances(
         of_epoch,
@@ -318,15 +318,15 @@ def train_loader(
     )
     batches = plan_epoch(utterances.durations_s, config, seed=seed, epoch=epoch)
     if config.max_lattice_cells:
-        lengths_s = utterances.durations_s.tolist()
-        frames = [num_encoder_frames(round(s * SAMPLE_RATE_HZ), config.features) for s in lengths_s]
+        samples = np.round(utterances.durations_s * SAMPLE_RATE_HZ).astype(np.int64)
+        frames = num_encoder_frames(samples, config.features)
         batches = split_by_lattice(batches, frames, utterances.tokens(tokens), config.max_lattice_cells)
     dataset = BatchDataset(utterances, tokenizer, config, seed, epoch)
     left = batches[skip_batches:]
     own = left[rank::size]
     count = len(own)
     if count < -(-len(left) // size):
-        own.append(left[(len(left) - 1) // size * size])
+        own = left.take(np.append(np.arange(rank, len(left), size), (len(left) - 1) // size * size))
     return BatchLoader(dataset, own, config.num_workers, pin_memory, count)
 
 
@@ -395,80 +395,10 @@ def transcript(cut: MonoCut) -> str:
     return cut.supervisions[0].text or "" if cut.supervisions else ""
 
 
-def plan_epoch(
-    durations_s: Sequence[float] | np.ndarray, config: DataConfig, *, seed: int, epoch: int
-) -> list[list[int]]:
-    """Which cuts form which batch: a pure function of its arguments. Buckets of similar duration are shuffled and cut
-    into batches, and the batches of all buckets are shuffled.
-
-    Not by lhotse's sampler, which takes a sixth of a millisecond a cut to do so: minutes at each start of an epoch of a
-    thousand hours.
-
-    Args:
-        durations_s: duration of each cut.
-        config: ``max_duration_s``, ``num_buckets``, ``shuffle``, ``sorted_epochs``.
-        seed: seed of the experiment.
-        epoch: number of the epoch.
-
-    Returns:
-        The batches of the epoch as lists of numbers of cuts; every cut is in one of them.
-    """
-    durations = np.asarray(durations_s, np.float64)
-    rng = random_generator(seed, epoch, "", "batches")
-    order = rng.permutation(len(durations)) if config.shuffle else np.arange(len(durations))
-    limits = _bucket_limits(durations, config.num_buckets)
-    bucket = np.searchsorted(limits, durations[order])
-    batches: list[list[int]] = []
-    for number, longest_s in enumerate(limits):
-        # as many as fit where each is as long as the bucket allows
-        size = max(1, int(config.max_duration_s / longest_s + 1e-9)) if longest_s > 0 else 1
-        members = order[bucket == number].tolist()
-        batches += [members[start : start + size] for start in range(0, len(members), size)]
-    if config.shuffle:
-        batches = [batches[number] for number in rng.permutation(len(batches))]
-    if epoch < config.sorted_epochs:
-        longest = [float(durations[batch].max()) for batch in batches]
-        batches = [batches[number] for number in np.argsort(longest, kind="stable")]
-    return batches
-
-
-def _bucket_limits(durations: np.ndarray, num_buckets: int) -> np.ndarray:
-    """The longest duration of each bucket, rising; buckets have about equal total duration."""
-    rising = np.sort(durations)
-    total = np.cumsum(rising)
-    ends = np.searchsorted(total, total[-1] * np.arange(1, num_buckets) / num_buckets)
-    return np.unique(np.append(rising[ends], rising[-1]))
-
-
-def split_by_lattice(
-    batches: Sequence[Sequence[int]], frames: Sequence[int], tokens: Sequence[int], max_cells: int
-) -> list[list[int]]:
-    """Batches of at most so many lattice cells, in the same order; an utterance with more is a batch of its own.
-
-    Args:
-        batches: numbers of utterances.
-        frames: T of each utterance, encoder frames.
-        tokens: U of each.
-        max_cells: of B * max(T) * (max(U) + 1).
-    """
-    found: list[list[int]] = []
-    for batch in batches:
-        longest = most = 0
-        part: list[int] = []
-        for index in batch:
-            longest, most = max(longest, frames[index]), max(most, tokens[index] + 1)
-            if part and (len(part) + 1) * longest * most > max_cells:
-                found.append(part)
-                part, longest, most = [], frames[index], tokens[index] + 1
-            part.append(index)
-        found.append(part)
-    return found
-
-
 class _Order:
     """A sampler of torch's DataLoader: one batch is one item."""
 
-    def __init__(self, batches: list[list[int]]) -> None:
+    def __init__(self, batches: Sequence[list[int]]) -> None:
         self._batches = batches
 
     def __iter__(self) -> Iterator[list[int]]:

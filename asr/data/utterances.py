@@ -111,9 +111,10 @@ class Utterances(Sequence[Utterance]):
             silence = [(front, behind) for front, behind in self._silence[numbers].tolist()]
         return Utterance(tuple(self._cuts[number] for number in numbers), tuple(silence))
 
-    def tokens(self, counts: Sequence[int]) -> list[int]:
-        """Tokens of each utterance, from those of each cut: at most one more comes between two."""
-        return [counts[first] + (counts[second] + 1 if second >= 0 else 0) for first, second in self.members.tolist()]
+    def tokens(self, counts: np.ndarray) -> np.ndarray:
+        """Tokens of each utterance, int64, from those of each cut: at most one more comes between two."""
+        first, second = self.members.T
+        return counts[first] + np.where(second >= 0, counts[second] + 1, 0)
 
 
 def _join(

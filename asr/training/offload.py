@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from asr.errors import UserError
-from asr.training.scaled_adam import own_part
+from asr.training.shares import is_share, own_part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ALIGNMENT = 64
@@ -80,8 +79,10 @@ def _tensor(memory: mmap.mmap, start: int, like: Tensor) -> Tensor:
         return torch.zeros_like(like)
     flat = torch.frombuffer(memory, dtype=local.dtype, count=local.numel(), offset=start)
     own = flat.as_strided(local.shape, local.stride())
-    if not isinstance(like, DTensor):
+    if not is_share(like):
         return own
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from asr.cli.guard import nearest
 from asr.errors import CheckpointError, UserError
-from asr.training.scaled_adam import ScaledAdam, ScaledAdamConfig, own_part
+from asr.training.scaled_adam import ScaledAdam, ScaledAdamConfig
+from asr.training.shares import own_part
 
 
 @dataclass

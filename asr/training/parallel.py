@@ -16,9 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from asr import checkpoint_folder
@@ -26,6 +23,7 @@ from asr.models.transducer import Transducer
 from asr.training.offload import map_moments
 from asr.training.optim import OptimConfig, make_optimizer, optimizer_kind, parameter_groups
 from asr.training.ranks import Ranks
+from asr.training.shares import is_share, own_part
 from asr.training.trainer_config import ParallelConfig
 
 
@@ -73,6 +71,8 @@ class Parallel:
                 model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused
             )
         if ranks.size > 1 and config.zero == 1:
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+
             kind, arguments = optimizer_kind(optim)
             self.optimizer = ZeroRedundancyOptimizer(parameter_groups(model, optim), kind, **arguments)
         else:
@@ -81,6 +81,8 @@ class Parallel:
 
     def _shard(self, model: Transducer, offload: str) -> None:
         """Each encoder block, the predictor, the joiner and what is left are gathered on their own, when they run."""
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
         kind = next(model.parameters()).device.type
         mesh = _mesh(kind, self.ranks.size, self.config.replicas)
         gather_again = self.config.zero == 3
@@ -105,13 +107,12 @@ class Parallel:
 
     def _gradients(self) -> list[Tensor]:
         """This process's part of each gradient."""
-        gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
-        return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        return [own_part(p.grad) for p in self.model.parameters() if p.grad is not None]
 
     def clip_grad_norm(self, most: float) -> float:
         """Scale gradients down to this global norm; the norm before."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), most)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return float(norm.full_tensor() if is_share(norm) else norm)
 
     def weights(self) -> dict[str, Tensor]:
         """The model's state, whole, on every process; all of them must call it."""
@@ -119,7 +120,8 @@ class Parallel:
 
     def _own_optimizer(self) -> torch.optim.Optimizer:
         """Of all parameters, or of those whose optimizer state this process has."""
-        return self.optimizer.optim if isinstance(self.optimizer, ZeroRedundancyOptimizer) else self.optimizer
+        own: torch.optim.Optimizer = getattr(self.optimizer, "optim", self.optimizer)  # ZeroRedundancyOptimizer has one
+        return own
 
     def _names(self) -> dict[nn.Parameter, str]:
         return {value: name for name, value in self.model.state_dict(keep_vars=True).items()}
@@ -155,7 +157,7 @@ def _mesh(kind: str, size: int, replicas: int) -> DeviceMesh:
 
 def whole(tree: Any) -> Any:
     """A tree of dicts and lists with the shares in it brought together; all processes must call it."""
-    if isinstance(tree, DTensor):
+    if is_share(tree):
         return tree.full_tensor()
     if isinstance(tree, dict):
         return {name: whole(value) for name, value in tree.items()}
@@ -193,6 +195,8 @@ def _empty(like: Tensor, parameter: Tensor) -> Tensor:
 
 def _share(whole: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, which every process has, shared out as another is; nothing is sent."""
-    if not isinstance(like, DTensor):
+    if not is_share(like):
         return whole
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

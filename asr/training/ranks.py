@@ -20,6 +20,8 @@ from asr.errors import UserError
 
 LONG_S = 24 * 3600.0
 """How long processes wait for each other where each may have hours of work; torchrun ends all when one is lost."""
+SAVED = "saved"
+"""What processes note, once there is a checkpoint, for those that may have to go on in their place."""
 NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

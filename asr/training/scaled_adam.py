@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asr.training.shares import is_share, own_part
+
 
 @dataclass
 class ScaledAdamConfig:
@@ -176,17 +178,11 @@ class ScaledAdam(torch.optim.Optimizer):
             )
 
 
-def own_part(x: Any) -> Tensor:
-    """What this process has of a tensor that several share; a tensor of one process as it is. Without a gradient."""
-    return x.detach().to_local() if hasattr(x, "to_local") else x.detach()  # type: ignore[no-any-return]
-
-
 def _over_shares(sums: Tensor, like: Tensor) -> Tensor:
     """Sums over the shares of tensors that are shared out as ``like``; those of a whole tensor as they are."""
-    if not hasattr(like, "to_local"):
+    if not is_share(like):
         return sums
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    assert isinstance(like, DTensor)
     placements = [Partial() if place.is_shard() else Replicate() for place in like.placements]
     return DTensor.from_local(sums, like.device_mesh, placements, run_check=False).full_tensor()

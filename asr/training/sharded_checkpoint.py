@@ -25,10 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from asr import checkpoint, checkpoint_folder
 from asr.atomic import cause_on_disk, partial_name, sync_folder
-from asr.training.ranks import Ranks
-
-SAVED = "saved"
-"""What processes note, once there is a checkpoint, for those that may have to go on in their place."""
+from asr.training.ranks import SAVED, Ranks
 
 
 class FolderWriter(FileSystemWriter):

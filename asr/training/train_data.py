@@ -8,9 +8,10 @@ import json
 import zipfile
 import zlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from lhotse import MonoCut
@@ -25,9 +26,20 @@ from asr.data.packed_cuts import JoinedCuts, PackedCuts
 from asr.data.tokenizer import Tokenizer, TokenizerConfig
 from asr.errors import UserError
 from asr.training.ranks import place
-from asr.training.trainer import TrainData
 
 _FORMAT = 1  # of the notes
+
+
+@dataclass
+class TrainData:
+    """Cuts that training may see, and what was made from them. ``stats`` None leaves features unscaled; ``num_valid``
+    counts validation cuts with those that were left out, 0 where nobody knows."""
+
+    train_cuts: Any
+    valid_cuts: Any
+    tokenizer: Tokenizer
+    stats: FeatureStats | None = None
+    num_valid: int = 0
 
 
 def load_train_data(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,8 @@ from asr import checkpoint
 from asr.checkpoint_folder import split
 from asr.config import Experiment, dump
 from asr.data.batch import Batch
-from asr.data.features import FeatureStats
 from asr.data.loader import BatchLoader, DataConfig, eval_loader, explain_dead_worker, train_loader
 from asr.data.packed_cuts import durations_of, mean_share
-from asr.data.tokenizer import Tokenizer
 from asr.decoding.score import rate_name
 from asr.environment import cpu
 from asr.errors import CheckpointError, Terminated, UserError
@@ -38,23 +36,14 @@ from asr.training.optim import WeightAverage, check_state
 from asr.training.parallel import Parallel, fill, whole
 from asr.training.pieces import Pieces
 from asr.training.precision import override_precision, resolve_precision
-from asr.training.ranks import Ranks
-from asr.training.sharded_checkpoint import SAVED, FolderSaver
+from asr.training.ranks import SAVED, Ranks
 from asr.training.step import Progress, Stepper, seed_of
+from asr.training.train_data import TrainData
 from asr.training.validation import Validation, validate
 from asr.training.watchdog import Watchdog
 
-
-@dataclass
-class TrainData:
-    """Cuts that training may see, and what was made from them. ``stats`` None leaves features unscaled; ``num_valid``
-    counts validation cuts with those that were left out, 0 where nobody knows."""
-
-    train_cuts: Any
-    valid_cuts: Any
-    tokenizer: Tokenizer
-    stats: FeatureStats | None = None
-    num_valid: int = 0
+if TYPE_CHECKING:
+    from asr.training.sharded_checkpoint import FolderSaver
 
 
 @dataclass
@@ -156,6 +145,8 @@ class Trainer:
         )
         self.saver: FolderSaver | None = None
         if self.ranks.size > 1:
+            from asr.training.sharded_checkpoint import FolderSaver
+
             self.saver = FolderSaver(
                 self.ranks, self.config.keep_last, experiment.parallel.timeout_s, lambda text: self.line.say(text)
             )

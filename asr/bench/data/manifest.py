@@ -66,8 +66,9 @@ def _write(path: Path, entries: int) -> None:
 def _measure(path: str) -> dict[str, Any]:
     import torch
 
-    from asr.data.loader import DataConfig, plan_epoch
+    from asr.data.loader import DataConfig
     from asr.data.packed_cuts import ExpandedCuts, PackedCuts
+    from asr.data.plan import plan_epoch
     from asr.training.memory import return_freed_memory, used_bytes
 
     before = used_bytes(torch.device("cpu"))

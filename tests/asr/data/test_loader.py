@@ -27,10 +27,9 @@ from asr.data.loader import (
     _start_worker,
     eval_loader,
     explain_dead_worker,
-    plan_epoch,
-    split_by_lattice,
     train_loader,
 )
+from asr.data.plan import Plan, plan_epoch, split_by_lattice
 from asr.data.tokenizer import Tokenizer, TokenizerConfig
 from asr.errors import UserError
 from tests.asr.data.speech import WORDS, write_cuts
@@ -190,7 +189,7 @@ def test_plans_are_complete_and_bounded(
     for batch in batches:
         padded = len(batch) * max(durations[i] for i in batch)
         assert len(batch) == 1 or padded <= limit_s * (1 + 1e-9)
-    assert batches == plan_epoch(durations, config, seed=0, epoch=epoch)
+    assert list(batches) == list(plan_epoch(durations, config, seed=0, epoch=epoch))
 
 
 def test_plans_are_well_filled() -> None:
@@ -209,14 +208,31 @@ def test_plans_are_well_filled() -> None:
     width=st.integers(1, 12),
 )
 def test_the_lattice_bounds_batches(sizes: list[tuple[int, int]], limit: int, width: int) -> None:
-    frames, tokens = [t for t, _ in sizes], [u for _, u in sizes]
-    numbers = list(range(len(sizes)))
-    whole = [numbers[start : start + width] for start in range(0, len(numbers), width)]
+    frames, tokens = np.array(sizes).T
+    numbers = np.arange(len(sizes))
+    whole = Plan(numbers, np.minimum(np.arange(width, len(sizes) + width, width), len(sizes)))
     found = split_by_lattice(whole, frames, tokens, limit)
-    assert [i for batch in found for i in batch] == numbers and all(found)
+    assert [i for batch in found for i in batch] == numbers.tolist() and all(found)
     cells = [len(b) * max(frames[i] for i in b) * (max(tokens[i] for i in b) + 1) for b in found]
     assert all(len(batch) == 1 or count <= limit for batch, count in zip(found, cells, strict=True))
-    assert split_by_lattice(whole, frames, tokens, 10**9) == whole
+    assert list(split_by_lattice(whole, frames, tokens, 10**9)) == list(whole)
+    taken: list[list[int]] = []  # as one after the other would be put in
+    for batch in whole:
+        for place, i in enumerate(batch):
+            more = [*taken[-1], i] if place else []
+            if more and len(more) * max(frames[j] for j in more) * (max(tokens[j] for j in more) + 1) <= limit:
+                taken[-1] = more
+            else:
+                taken.append([i])
+    assert list(found) == taken
+
+
+def test_batches_of_a_plan_are_taken_in_any_order() -> None:
+    plan = Plan(np.array([4, 1, 0, 3, 2]), np.array([2, 3, 5]))
+    assert list(plan) == [[4, 1], [0], [3, 2]] and len(plan) == 3
+    assert list(plan.take(np.array([2, 0, 2]))) == [[3, 2], [4, 1], [3, 2]]
+    assert list(plan[1:]) == [[0], [3, 2]] and list(plan[::-2]) == [[3, 2], [4, 1]]
+    assert list(plan[3:]) == [] and len(plan[3:]) == 0
 
 
 def test_batches_bounded_by_the_lattice_resume(stored_cuts: CutSet) -> None:
@@ -261,7 +277,7 @@ def test_processes_share_the_batches_of_one(stored_cuts: CutSet, size: int) -> N
         return train_loader(stored_cuts, TOKENIZER, replace(STORED, max_duration_s=3), **chosen)
 
     for skip in (0, 1, 3):
-        expected = plan(0, 1, skip).batches
+        expected = list(plan(0, 1, skip).batches)
         loaders = [plan(rank, size, skip) for rank in range(size)]
         rounds = list(zip(*(loader.batches for loader in loaders), strict=True))  # as many on each
         assert len(rounds) == -(-len(expected) // size)

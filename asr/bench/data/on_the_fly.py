@@ -1,7 +1,7 @@
 """CPU time that one process takes to read a cut, change its speed, add noise and compute features, in one thread.
 
-The default augmentation of a configuration: speeds 0.9, 1.0 and 1.1, level, noise for three utterances in ten. One JSON
-object for each part that is switched on, the last with all of them.
+One JSON object for each part that is switched on; the last is the default augmentation of a configuration: speeds 0.9,
+1.0 and 1.1, level, noise for three utterances in ten.
 """
 
 from __future__ import annotations
@@ -12,21 +12,48 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import soundfile
 import torch
 from lhotse import MonoCut
 
 from asr.bench.data.corpus import write_corpus
+from asr.bench.streaming.model import noise
+from asr.data.audio import SAMPLE_RATE_HZ
 from asr.data.augmentation import AugmentConfig, expand_cuts
 from asr.data.features import Fbank, compute_cut_features
 from asr.data.manifests import load_cuts
+from asr.data.recorded_noise import RecordedNoiseConfig
+from asr.data.reverb import ReverbConfig
 
-CASES = {
-    "reading and features": AugmentConfig(speed_factors=[1.0], volume_db=0, noise_prob=0),
-    "and noise for all": AugmentConfig(speed_factors=[1.0], volume_db=0, noise_prob=1),
-    "and other speeds for all": AugmentConfig(speed_factors=[0.9, 1.1], volume_db=0, noise_prob=0),
-    "the default": AugmentConfig(),
-}
+RECORDINGS = 10
+"""Of each kind, for augmentation: noise, music and speech of two minutes, responses of rooms of a second."""
+
+
+def _cases(folder: Path) -> dict[str, AugmentConfig]:
+    """Each with one more part; recordings for augmentation are written into ``folder``."""
+    plain: dict[str, Any] = {"speed_factors": [1.0], "volume_db": 0, "noise_prob": 0}
+    for number in range(RECORDINGS):
+        for kind in ("noise", "music", "speech"):
+            _write(folder / "musan" / kind / f"{number}.wav", noise(120.0, number))
+        decay = np.exp(-np.arange(SAMPLE_RATE_HZ) / (0.05 * SAMPLE_RATE_HZ))
+        _write(folder / "rooms" / f"{number}.wav", noise(1.0, number) * decay)
+    recorded = RecordedNoiseConfig(str(folder / "musan"), noise_prob=0.4, music_prob=0.3, babble_prob=0.3)
+    return {
+        "reading and features": AugmentConfig(**plain),
+        "and noise for all": AugmentConfig(**plain | {"noise_prob": 1}),
+        "and recorded noise, music or babble for all": AugmentConfig(**plain, recorded_noise=recorded),
+        "and reverberation for all": AugmentConfig(**plain, reverb=ReverbConfig(str(folder / "rooms"), prob=1.0)),
+        "and other speeds for all": AugmentConfig(**plain | {"speed_factors": [0.9, 1.1]}),
+        "the default": AugmentConfig(),
+    }
+
+
+def _write(path: Path, samples: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, samples, SAMPLE_RATE_HZ, subtype="PCM_16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +69,10 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as name:
         cuts = list(load_cuts(args.cuts).drop_features()) if args.cuts else write_corpus(Path(name), args.limit, 6.0)
         cuts = cuts[: args.limit]
-        times: dict[str, list[float]] = {case: [] for case in CASES}
+        cases = _cases(Path(name) / "augmentation")
+        times: dict[str, list[float]] = {case: [] for case in cases}
         for repeat in range(args.repeats):
-            for case, augment in CASES.items():
+            for case, augment in cases.items():
                 times[case].append(_cpu_s_per_audio_s(cuts, augment, repeat))
     for case, values in times.items():
         cpu_s = statistics.median(values)

@@ -77,7 +77,7 @@ class Experiment:
         if self.loss.ctc_targets == "characters" and self.tokenizer.kind in ("word", "word_end"):
             raise UserError(
                 f"loss.ctc_targets=characters: tokens of tokenizer.kind={self.tokenizer.kind} are whole words, whose "
-                "characters are no tokens; use bpe, unigram, byte_bpe or char"
+                "characters are no tokens; set loss.ctc_targets=tokens, or use bpe, unigram, byte_bpe or char"
             )
         if self.loss.ctc_weight < 0:
             raise UserError(f"loss.ctc_weight={self.loss.ctc_weight} must be at least 0")

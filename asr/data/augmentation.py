@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from scipy.fft import irfft, next_fast_len
 
 from asr.data.audio import SAMPLE_RATE_HZ
 from asr.data.recorded_noise import RecordedNoiseConfig, draw_noise, noise_places, noise_probabilities
-from asr.data.recordings import check_places
+from asr.data.recordings import Place, check_places
 from asr.data.reverb import ReverbConfig, draw_response, response_places, reverberate
 from asr.data.value_checks import check_probability, check_range
 
@@ -92,26 +93,27 @@ class AugmentConfig:
         return None
 
 
-def check_recordings(config: AugmentConfig, *, headers: bool = True) -> None:
+def check_recordings(config: AugmentConfig, *, headers: bool = True, note: Path | None = None) -> None:
     """Finds the recordings that a configuration names, before the first is wanted.
 
     Args:
         config: of the augmentation.
         headers: look into each of them, which takes about a tenth of a millisecond.
+        note: file that says which have been found whole; they are not looked into again while they stay as they are.
 
     Raises:
         UserError: a folder or manifest is missing or holds nothing that can be used, or there is none of a kind that is
             asked for; or a recording is broken, which is then named.
     """
+    places: list[Place] = []
     if config.recorded_noise.path is not None:
         wanted = noise_probabilities(config.recorded_noise)
         found = noise_places(config.recorded_noise.path)
-        if headers:
-            check_places(place for kind, prob in wanted.items() if prob > 0 for place in found[kind])
+        places += [place for kind, prob in wanted.items() if prob > 0 for place in found[kind]]
     if config.reverb.path is not None and config.reverb.prob > 0:
-        responses = response_places(config.reverb.path)
-        if headers:
-            check_places(responses)
+        places += response_places(config.reverb.path)
+    if headers and places:
+        check_places(places, note)
 
 
 @dataclass

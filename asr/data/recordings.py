@@ -6,6 +6,8 @@ interruption, as long as the folder stays as it is.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from lhotse import MonoCut, Recording
 
+from asr.atomic import write_whole
 from asr.data.audio import AudioError, header_problem, read_section
 from asr.data.audio_files import find_audio
 from asr.errors import UserError
@@ -47,12 +50,36 @@ def _unusable(path: str, reason: str) -> RecordingError:
     return RecordingError(f"cannot use the recording {path} for augmentation: {reason}; mend or remove it")
 
 
-def check_places(places: Iterable[Place]) -> None:
-    """Raises RecordingError for the first whose header or size is not that of a whole recording."""
-    for path in dict.fromkeys(place.path for place in places):
+def check_places(places: Iterable[Place], note: Path | None = None) -> None:
+    """Raises RecordingError for the first whose header or size is not that of a whole recording.
+
+    ``note`` is a file that remembers that all of them were whole, by their paths, sizes and times of change.
+    """
+    paths = list(dict.fromkeys(place.path for place in places))
+    seen = ""
+    if note is not None:
+        seen = _as_they_are(paths)
+        if seen and note.is_file() and note.read_text(encoding="utf-8") == seen:
+            return
+    for path in paths:
         problem = header_problem(path)
         if problem is not None:
             raise _unusable(path, problem)
+    if note is not None and seen:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(note, lambda file: file.write(seen.encode()))
+
+
+def _as_they_are(paths: Iterable[str]) -> str:
+    """A hash of the files' paths, sizes and times of change; empty where one of them is not there."""
+    digest = hashlib.sha256()
+    try:
+        for path in paths:
+            status = os.stat(path)
+            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    except OSError:
+        return ""
+    return digest.hexdigest()
 
 
 def find_places(key: str, path: Path) -> dict[str, Place]:

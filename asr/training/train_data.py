@@ -66,7 +66,8 @@ def load_train_data(
     # stored features are used without the audio, which may be gone by now
     on_the_fly = experiment.data.features.storage != "stored"
     if on_the_fly:
-        check_recordings(experiment.data.augment, headers=place().first)
+        checked = out / "checked-recordings.txt" if note else None
+        check_recordings(experiment.data.augment, headers=place().first, note=checked)
     # stored features hold every speed already, each as a cut of its own
     fastest = max(experiment.data.augment.speed_factors) if on_the_fly else 1.0
     more = {Path(path): share for path, share in experiment.data.more_cuts.items()}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lhotse import CutSet, Recording, RecordingSet
 
-from asr.data import audio
+from asr.data import audio, recordings
 from asr.data.audio import read_section
 from asr.data.augmentation import AugmentConfig, augment_samples, check_recordings
 from asr.data.features import FeatureConfig, compute_features
@@ -216,6 +216,29 @@ def test_a_broken_recording_is_named_in_one_line(tmp_path: Path, how: str) -> No
         with pytest.raises(UserError, match=wanted) as caught:
             attempt()
         assert "\n" not in str(caught.value)
+
+
+def test_recordings_that_were_whole_are_not_looked_into_again_while_they_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_noise(tmp_path / "noises" / "a.wav", 1.0, 0)
+    config, note = config_of(path.parent, noise_prob=1.0), tmp_path / "out" / "note.txt"
+    looked: list[str] = []
+    real = recordings.header_problem
+
+    def counted(path: str) -> str | None:
+        looked.append(path)
+        return real(path)
+
+    monkeypatch.setattr(recordings, "header_problem", counted)
+    for _ in range(3):
+        check_recordings(config, note=note)
+    assert looked == [str(path)]
+    path.write_bytes(path.read_bytes()[:20000])
+    for _ in range(2):  # what is broken is not noted
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            check_recordings(config, note=note)
+    assert looked == [str(path)] * 3
 
 
 def test_what_holds_no_recordings_is_refused(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from asr.training.fine_tuning import begin_file
 from asr.training.launch import Nodes, check_processes
 from recipes.corpora import CORPORA, Corpus
 from recipes.corpora.base import CorpusOptions
-from recipes.corpora.files import files_of
+from recipes.corpora.files import files_of, state_of
 from recipes.decoding import chosen_chunks, print_decoded, result_files, run_decode
 from recipes.engine import DONE_DIR, Pipeline, Stage, StageStopped, write_atomic
 from recipes.estimates import audio_of_stage
@@ -348,6 +348,7 @@ def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Mill
             # what changes speed but not results, and what only decides whether bad rows stop the run, is left out
             (
                 *(f"experiment.{name}" for name in training),
+                *(["more_cuts"] if experiment.data.more_cuts else []),
                 "!experiment.data.num_workers",
                 "!experiment.data.features.num_jobs",
                 *(f"!{name}" for name in checks),
@@ -451,6 +452,7 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
         },
         "data_seed": args.data_seed,
         "decode_chunks": chunks,
+        "more_cuts": {path: state_of(Path(path)) for path in experiment.data.more_cuts},
         "sounds": {key: getattr(args, f"with_{key}") for key in SOUNDS},
     }
     return recipe, Pipeline(stages(experiment, options, chunks), args.exp_dir, settings, command)

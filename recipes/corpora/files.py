@@ -29,13 +29,17 @@ def files_of(corpus_dir: Path, archives: Sequence[str], exp_dir: Path) -> str | 
     paths = sorted(own | named)
     for path in paths:
         name = path.relative_to(corpus_dir.absolute()) if path in own else path
-        try:
-            found = path.stat()
-        except OSError:
-            total.update(f"{name} missing\n".encode())
-            continue
-        total.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+        total.update(f"{name} {state_of(path)}\n".encode())
     return f"{len(paths)} files, {total.hexdigest()[:12]}"
+
+
+def state_of(path: Path) -> str:
+    """Size and time of change of a file, or that it is missing."""
+    try:
+        found = path.stat()
+    except OSError:
+        return "missing"
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def _below(folder: Path, left_out: Path) -> Iterator[Path]:

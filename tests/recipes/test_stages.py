@@ -155,6 +155,17 @@ def test_changed_files_of_the_corpus_rerun_prepare(tmp_path: Path) -> None:
     assert "data/checksums.json" in after.stages[2].inputs
 
 
+def test_a_changed_manifest_of_another_corpus_trains_again(tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("{}")
+    words = ["--set", f"data.more_cuts={{{other}: 0.5}}"]
+    before = _pipeline(tmp_path / "exp", *words)
+    assert _pipeline(tmp_path / "exp", *words).hashes == before.hashes
+    other.write_text("{}\n{}")
+    after = _pipeline(tmp_path / "exp", *words)
+    assert [name for name in STAGES if before.hashes[name] != after.hashes[name]] == STAGES[4:]
+
+
 def test_training_begins_with_the_average_of_a_folder(tmp_path: Path) -> None:
     for name in ("a/average.pt", "b/train/average.pt"):
         (tmp_path / name).parent.mkdir(parents=True)

@@ -23,6 +23,7 @@ from jsonargparse import ArgumentParser
 
 from asr.data.loader import DataConfig
 from asr.data.tokenizer import TokenizerConfig
+from asr.decoding.normalise import ScoringConfig
 from asr.decoding.search import DecodingConfig
 from asr.errors import UserError
 from asr.export.config import ExportConfig
@@ -52,6 +53,7 @@ class Experiment:
         memory: what a step keeps.
         average: which checkpoints become the model that decodes.
         decoding: search.
+        scoring: what is done to texts before they are compared.
         export: files for devices.
     """
 
@@ -67,6 +69,7 @@ class Experiment:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     average: AverageConfig = field(default_factory=AverageConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:

@@ -16,18 +16,18 @@ from typing import Any
 
 from asr.cli.guard import Parser, end_of_process, guarded, log_to_stdout, nearest
 from asr.errors import UserError
+from recipes import STAGES
 from recipes.corpora import CORPORA
 from recipes.engine import StageStopped
 from recipes.sounds import SOUNDS
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = "download, prepare, features, tokenizer, train, average, decode, export, verify"
 # Options that choose what happens this time only; they are left out of the command that continues a run.
 _ONE_TIME = {"--stage": 1, "--stop-stage": 1, "--dry-run": 0, "--force": 0}
 
 
 def _usage() -> str:
-    lines = ["usage: python -m recipes CORPUS [options]", "", "Runs a recipe: " + STAGES + ".", "", "corpora:"]
+    lines = ["usage: python -m recipes CORPUS [options]", "", f"Runs a recipe: {', '.join(STAGES)}.", "", "corpora:"]
     for name, corpus in CORPORA.items():
         lines.append(f"  {name:<13}{(corpus.__doc__ or '').strip().splitlines()[0]}")
     return "\n".join([*lines, "", "`python -m recipes CORPUS --help` shows the options of a recipe."])
@@ -96,12 +96,12 @@ def make_parser(corpus: str) -> Parser:
     parser = Parser(
         prog=f"python -m recipes {corpus}",
         description=f"Runs the {corpus} recipe. Stages: "
-        + ", ".join(f"{number} {name}" for number, name in enumerate(STAGES.split(", ")))
+        + ", ".join(f"{number} {name}" for number, name in enumerate(STAGES))
         + ". Stages whose settings and inputs have not changed are passed over.",
     )
     add = parser.add_argument
     add("--stage", default="0", metavar="STAGE", help="first stage, a number or a name")
-    add("--stop-stage", default="verify", metavar="STAGE", help="last stage, a number or a name")
+    add("--stop-stage", default="report", metavar="STAGE", help="last stage, a number or a name")
     add(
         "--dry-run",
         action="store_true",
@@ -204,7 +204,7 @@ def _run(argv: Sequence[str]) -> int:
     except StageStopped as stopped:
         print(stopped, flush=True)
         return 0
-    if pipeline.stages[selected[-1]].name in ("decode", "verify"):
+    if pipeline.stages[selected[-1]].name in ("score", "verify", "report"):
         print_result(recipe)
     return 0
 

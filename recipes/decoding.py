@@ -1,4 +1,4 @@
-"""The decode stage: each test set with each search, at each size of chunk."""
+"""The stages decode and score: each test set with each search, at each size of chunk."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from asr.config import Experiment
+from asr.decoding.results import decoded_file, read_decoded, write_decoded, write_results
 from asr.decoding.search import DecodingConfig
 from asr.models.context import Milliseconds, chunk_list
 from recipes.corpora.base import CorpusOptions
@@ -55,8 +56,15 @@ def decodings(experiment: Experiment, chunks: Sequence[Milliseconds]) -> dict[st
     return found
 
 
-def result_files(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Milliseconds]) -> list[str]:
-    """All that the stage writes, pictures aside."""
+def decoded_files(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Milliseconds]) -> list[str]:
+    """All that decoding writes, pictures aside."""
+    return [
+        f"decode/{folder}/{decoded_file(name)}" for folder in decodings(experiment, chunks) for name in options.tests
+    ]
+
+
+def score_files(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Milliseconds]) -> list[str]:
+    """All that scoring writes."""
     parts = ("recogs-{}.txt", "errs-{}.txt", "wer-summary-{}.txt", "score-{}.json")
     files = [
         f"decode/{folder}/{part.format(name)}"
@@ -68,11 +76,10 @@ def result_files(experiment: Experiment, options: CorpusOptions, chunks: Sequenc
 
 
 def run_decode(recipe: Recipe) -> None:
-    """Decodes the test sets and renews the report with the results."""
+    """Decodes the test sets."""
     from asr.decoding.decode import decode_and_score
     from asr.decoding.emission import worst_cuts, write_emissions
     from asr.decoding.load import load_for_decoding
-    from asr.training.report import write_report
 
     wanted = decodings(recipe.experiment, recipe.chunks)
     loaded = None if recipe.num_processes > 1 else load_for_decoding(recipe.path("train/average.pt"), recipe.device)
@@ -85,11 +92,33 @@ def run_decode(recipe: Recipe) -> None:
                 decode_on_processes(recipe, name, out, decoding, plots)
                 continue
             config = dataclasses.replace(loaded.config, decoding=decoding)
-            report = decode_and_score(loaded.model, loaded.tokenizer, cuts, config, recipe.device, out, name)
+            report = decode_and_score(loaded.model, loaded.tokenizer, cuts, config, recipe.device, None, name)
+            out.mkdir(parents=True, exist_ok=True)
+            write_decoded(out, name, report.results)
             if plots:
                 worst = worst_cuts(cuts, report.results, plots, config.training.errors_in)
                 write_emissions(out, name, loaded.model, loaded.tokenizer, worst, config, recipe.device)
-            print(f"  {name}, {folder}: {report.speed_line}; {report.score.interval_line}", flush=True)
+            print(f"  {name}, {folder}: {report.speed_line}", flush=True)
+
+
+def run_score(recipe: Recipe) -> None:
+    """Scores what was decoded and renews the training's report with it."""
+    from asr.decoding.decode import setting_name
+    from asr.training.report import write_report
+
+    experiment = recipe.experiment
+    print(f"  texts compared {experiment.scoring}", flush=True)
+    for folder, decoding in decodings(experiment, recipe.chunks).items():
+        for name in recipe.options.tests:
+            found = write_results(
+                recipe.path(f"decode/{folder}"),
+                name,
+                setting_name(decoding),
+                read_decoded(recipe.path(f"decode/{folder}/{decoded_file(name)}")),
+                errors_in=experiment.training.errors_in,
+                scoring=experiment.scoring,
+            )
+            print(f"  {name}, {folder}: {found.lines[0]}; {found.interval_line}", flush=True)
     if len(recipe.chunks) > 1:
         table = chunk_table(recipe)
         write_atomic(recipe.path(TABLE), table + "\n")

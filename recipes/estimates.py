@@ -168,6 +168,8 @@ def estimates(recipe: Recipe, pipeline: Pipeline, plan: dict[str, Status]) -> tu
 def _estimate(name: str, recipe: Recipe, pipeline: Pipeline, audio: Audio, parameters: int) -> Estimate:
     if name == "download":
         return _download(recipe)
+    if name in ("score", "report"):
+        return Estimate(0.0, "seconds")
     weights = 4.0 * parameters
     if name in ("export", "verify"):
         exports, precisions = len(recipe.experiment.export.targets), len(recipe.experiment.export.precisions)

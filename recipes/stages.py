@@ -43,10 +43,11 @@ from asr.training.launch import Nodes, check_processes
 from recipes.corpora import CORPORA, Corpus
 from recipes.corpora.base import CorpusOptions
 from recipes.corpora.files import files_of, state_of
-from recipes.decoding import chosen_chunks, print_decoded, result_files, run_decode
+from recipes.decoding import chosen_chunks, decoded_files, print_decoded, run_decode, run_score, score_files
 from recipes.engine import DONE_DIR, Pipeline, Stage, StageStopped, write_atomic
 from recipes.estimates import audio_of_stage
 from recipes.launch import average_on_processes, train_on_processes
+from recipes.results_page import PAGE, TEXT, run_report
 from recipes.sounds import SOUNDS, Chosen, chosen_sounds
 
 if TYPE_CHECKING:
@@ -292,7 +293,9 @@ def print_result(recipe: Recipe) -> None:
     for name in export_names(recipe.experiment.export):
         if (proof := recipe.path(f"verify/{name}/verify.html")).is_file():
             print(f"export: {recipe.path(f'export/{name}')}, proof: {proof}")
-    print(f"report: {recipe.path('train/report.html')}")
+    print(f"training: {recipe.path('train/report.html')}")
+    if (page := recipe.path(PAGE)).is_file():
+        print(f"report: {page}")
     print(f"checkpoint: {recipe.path('train/average.pt')}")
     print_decoded(recipe)
 
@@ -305,8 +308,10 @@ def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Mill
     stored = experiment.data.features.storage == "stored"
     feature_files = tuple(f"data/features/{split}" for split in options.splits) if stored else ()
     trained = ("train/checkpoints", "train/best.pt", "train/metrics.jsonl", "train/config.yaml")
-    results = tuple(result_files(experiment, options, chunks))
+    decoded = tuple(decoded_files(experiment, options, chunks))
+    scores = tuple(score_files(experiment, options, chunks))
     exports = export_names(experiment.export)
+    proofs = tuple(f"verify/{name}/verify.{kind}" for name in exports for kind in ("json", "html"))
     checks = ("experiment.data.strict", "experiment.data.max_bad_fraction")
     tokens = ("tokenizer/tokenizer.json",)
     training = ("seed", "data", "model", "loss", "optim", "training")
@@ -371,10 +376,11 @@ def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Mill
             "decode",
             run_decode,
             ("train/average.pt", *manifests[2:]),
-            results,
+            decoded,
             ("experiment.decoding", "!experiment.decoding.chunk_ms", "decode_chunks"),
             audio_s=partial(audio_of_stage, "decode"),
         ),
+        Stage("score", run_score, decoded, scores, ("experiment.scoring",)),
         Stage(
             "export",
             run_export,
@@ -386,9 +392,10 @@ def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Mill
             "verify",
             run_verify,
             ("train/average.pt", cuts[2], *(f"export/{name}" for name in exports)),
-            tuple(f"verify/{name}/verify.{kind}" for name in exports for kind in ("json", "html")),
+            proofs,
             ("experiment.export",),
         ),
+        Stage("report", run_report, (*cuts, *scores, *proofs), (PAGE, TEXT), ()),
     ]
 
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "average": "average the weights of several checkpoints into one",
     "checkpoint": "turn the checkpoint folder of several processes into one file",
     "decode": "decode a cut manifest with a checkpoint and score it",
+    "score": "score again what was decoded, after other changes to the texts",
     "latency": "show word errors and delays at several chunk sizes",
     "export": "write files that device runtimes load",
     "verify": "run exported files in their runtime and compare them with the model",

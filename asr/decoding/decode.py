@@ -18,7 +18,7 @@ from asr.data.loader import eval_loader, transcript
 from asr.data.manifests import load_cuts
 from asr.data.tokenizer import Tokenizer
 from asr.decoding import SEARCHES
-from asr.decoding.results import write_results
+from asr.decoding.results import write_decoded, write_results
 from asr.decoding.score import Score, Transcribed, score, words_of
 from asr.decoding.search import DecodingConfig, Hypothesis
 from asr.errors import UserError
@@ -156,7 +156,9 @@ def decode_and_score(
     errors_in = config.training.errors_in
     if out_dir is None:
         return DecodeReport(results, score(results, errors_in=errors_in), seconds)
-    found = write_results(out_dir, name, setting_name(config.decoding), results, errors_in=errors_in)
+    write_decoded(out_dir, name, results)
+    setting = setting_name(config.decoding)
+    found = write_results(out_dir, name, setting, results, errors_in=errors_in, scoring=config.scoring)
     return DecodeReport(results, found, seconds)
 
 

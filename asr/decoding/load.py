@@ -12,7 +12,7 @@ from asr.decoding import SEARCHES
 from asr.errors import UserError
 
 # The rest of a configuration describes how the weights came about. Changing it now would be silently without effect.
-CHANGEABLE = ("decoding", "data", "export")
+CHANGEABLE = ("decoding", "scoring", "data", "export")
 
 
 def load_for_decoding(
@@ -24,7 +24,7 @@ def load_for_decoding(
         path: checkpoint file.
         device: a name that ``asr.device.resolve_device`` gave.
         search: a name of ``SEARCHES``; None keeps the checkpoint's.
-        overrides: ``decoding.name=value``, ``data.name=value`` or ``export.name=value``.
+        overrides: ``decoding.name=value``, or of another of ``CHANGEABLE``.
 
     Raises:
         UserError: no such checkpoint or search; a setting that is unknown, of the wrong type or not changeable.
@@ -51,7 +51,7 @@ def override(config: Experiment, overrides: Sequence[str]) -> Experiment:
         if root not in CHANGEABLE:
             raise UserError(
                 f"{text!r}: a trained model decodes with the {root!r} settings that it was trained with;"
-                f" only {' and '.join(f'{name}.*' for name in CHANGEABLE)} can be set here"
+                f" only {', '.join(f'{name}.*' for name in CHANGEABLE)} can be set here"
             )
         _merge_into(tree, change)
     return from_dict(tree, "--set " + " ".join(overrides) if overrides else "the checkpoint's configuration")

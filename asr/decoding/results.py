@@ -13,6 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
+from asr.atomic import write_whole
+from asr.decoding.normalise import ScoringConfig, normalised
 from asr.decoding.score import (
     NO_WORD,
     ErrorCounts,
@@ -26,6 +28,7 @@ from asr.decoding.score import (
     total,
     units_of,
 )
+from asr.errors import UserError
 
 MARK = "*"  # "no word" in the errs file
 
@@ -37,6 +40,7 @@ def write_results(
     results: Sequence[Transcribed],
     *,
     errors_in: ErrorUnit = "words",
+    scoring: ScoringConfig | None = None,
     seed: int = 0,
 ) -> Score:
     """Score ``results``; write ``recogs-NAME.txt``, ``errs-NAME.txt``, ``wer-summary-NAME.txt``, ``score-NAME.json``.
@@ -47,20 +51,58 @@ def write_results(
         setting: what the summary names: the search and its parameters.
         results: in any order; the files are sorted by utterance id.
         errors_in: what the summary leads with, and what stands as words in recogs and errs files.
+        scoring: what is done to the texts before; all files have them so.
         seed: of the bootstrap.
 
     Raises:
         OSError: when a file cannot be written.
     """
-    ordered = sorted(results, key=lambda result: result.cut_id)
+    scoring = scoring or ScoringConfig()
+    ordered = normalised(sorted(results, key=lambda result: result.cut_id), scoring)
     found = score(ordered, errors_in=errors_in, seed=seed)
     out_dir.mkdir(parents=True, exist_ok=True)
     store_transcripts(out_dir / f"recogs-{name}.txt", ordered, errors_in)
     with open(out_dir / f"errs-{name}.txt", "w", encoding="utf-8") as file:
         write_error_stats(file, ordered, errors_in)
-    write_summary(out_dir / f"wer-summary-{name}.txt", setting, found)
-    description = json.dumps(score_to_dict(found, setting), indent=2)
+    write_summary(out_dir / f"wer-summary-{name}.txt", setting, found, scoring)
+    description = json.dumps({**score_to_dict(found, setting), "texts": str(scoring)}, indent=2)
     (out_dir / f"score-{name}.json").write_text(description + "\n", encoding="utf-8")
+    return found
+
+
+def decoded_file(name: str) -> str:
+    """Of a test set: what `write_decoded` wrote."""
+    return f"decoded-{name}.jsonl"
+
+
+def write_decoded(out_dir: Path, name: str, results: Sequence[Transcribed]) -> None:
+    """A line of JSON for each utterance, sorted by id: id, ref and hyp as they are, to be scored in any way."""
+    lines = [
+        json.dumps({"id": one.cut_id, "ref": one.ref, "hyp": one.hyp}, ensure_ascii=False)
+        for one in sorted(results, key=lambda one: one.cut_id)
+    ]
+    data = "".join(f"{line}\n" for line in lines).encode()
+    write_whole(out_dir / decoded_file(name), lambda file: file.write(data))
+
+
+def read_decoded(path: Path) -> list[Transcribed]:
+    """What `write_decoded` wrote.
+
+    Raises:
+        UserError: no such file, or a line of something else.
+    """
+    found = []
+    number = 0
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                number += 1
+                entry = json.loads(line)
+                found.append(Transcribed(str(entry["id"]), str(entry["ref"]), str(entry["hyp"])))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}:{number}: not a line with id, ref and hyp, as asr decode writes them") from None
     return found
 
 
@@ -105,12 +147,12 @@ def store_transcripts(path: Path, results: Sequence[Transcribed], errors_in: Err
             file.write(f"{result.cut_id}:\thyp={units_of(result.hyp, errors_in)}\n")
 
 
-def write_summary(path: Path, setting: str, found: Score) -> None:
-    """icefall's table (``settings<tab>WER``, or CER, in percent), then lines with counts, confidence interval and the
-    other rate."""
+def write_summary(path: Path, setting: str, found: Score, scoring: ScoringConfig) -> None:
+    """icefall's table (``settings<tab>WER``, or CER, in percent), then lines with counts, confidence interval, the
+    other rate, and what was done to the texts."""
     rate = float(f"{100 * found.counts.rate:.2f}")
     table = f"settings\t{rate_name(found.errors_in)}\n{setting}\t{rate}\n"
-    path.write_text("\n".join([table, *found.lines, ""]), encoding="utf-8")
+    path.write_text("\n".join([table, *found.lines, f"texts compared {scoring}", ""]), encoding="utf-8")
 
 
 def write_error_stats(file: TextIO, results: Sequence[Transcribed], errors_in: ErrorUnit = "words") -> None:

@@ -131,7 +131,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     argv = ["synth", "--exp-dir", str(tmp_path / "exp"), "--download-dir", str(tmp_path / "down"), "--dry-run"]
     assert recipes.cli.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("stage ") for line in lines) == 9 and any("audio: train 2." in line for line in lines)
+    assert sum(line.startswith("stage ") for line in lines) == 11 and any("audio: train 2." in line for line in lines)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,7 +18,7 @@ from recipes.cli import continuing_command, make_parser
 from recipes.engine import Pipeline
 from recipes.stages import Recipe, check_beginning, make_recipe, run_download
 
-LATER = ["features", "train", "average", "decode", "export", "verify"]
+LATER = ["features", "train", "average", "decode", "score", "export", "verify", "report"]
 
 
 def make(root: Path, *words: str) -> tuple[Recipe, Pipeline]:

@@ -22,7 +22,7 @@ from recipes.engine import Pipeline
 from recipes.stages import check_beginning, make_recipe
 from tests.integration.tiny import write_config, write_corpus
 
-STAGES = ["download", "prepare", "features", "tokenizer", "train", "average", "decode", "export", "verify"]
+STAGES = "download prepare features tokenizer train average decode score export verify report".split()
 
 
 def _pipeline(exp_dir: Path, *words: str, corpus: str = "yesno") -> Pipeline:
@@ -39,17 +39,18 @@ def _pipeline(exp_dir: Path, *words: str, corpus: str = "yesno") -> Pipeline:
             ["--num-recombined", "7"],
             STAGES[1:],
         ),
-        (["--set", "data.features.tail_chunk_ms=640"], ["features", "train", "average", "decode", "export", "verify"]),
-        (["--set", "data.augment.noise_prob=0.9"], ["features", "train", "average", "decode", "export", "verify"]),
-        (["--set", "tokenizer.kind=char"], ["tokenizer", "train", "average", "decode", "export", "verify"]),
+        (["--set", "data.features.tail_chunk_ms=640"], ["features", *STAGES[4:]]),
+        (["--set", "data.augment.noise_prob=0.9"], ["features", *STAGES[4:]]),
+        (["--set", "tokenizer.kind=char"], STAGES[3:]),
         (["--set", "model.preset=xs"], STAGES[4:]),
         (["--set", "optim.lr=0.5"], STAGES[4:]),
         (["--init-from", "average.pt"], STAGES[4:]),
         (["--set", "loss.fastemit_lambda=0.01"], STAGES[4:]),
-        (["--set", "average.ema=false"], ["average", "decode", "export", "verify"]),
-        (["--set", "decoding.beam=9"], ["decode"]),
-        (["--set", "decoding.chunk_ms=320"], ["decode"]),
-        (["--decode-chunks", "full,320"], ["decode"]),
+        (["--set", "average.ema=false"], STAGES[5:]),
+        (["--set", "decoding.beam=9"], ["decode", "score", "report"]),
+        (["--set", "decoding.chunk_ms=320"], ["decode", "score", "report"]),
+        (["--decode-chunks", "full,320"], ["decode", "score", "report"]),
+        (["--set", "scoring.case=lower"], ["score", "report"]),
         (["--decode-chunks", "full"], []),
         # speed and place, but not results
         (["--set", "data.num_workers=0"], []),
@@ -101,14 +102,14 @@ def test_every_recipe_has_the_same_stages_and_its_own_configuration(corpus: str,
 
 
 def test_two_searches_are_two_results(tmp_path: Path) -> None:
-    outputs = _pipeline(tmp_path, "--set", "decoding.search=modified_beam_search").stages[6].outputs
+    outputs = _pipeline(tmp_path, "--set", "decoding.search=modified_beam_search").stages[7].outputs
     assert {path.split("/")[1] for path in outputs} == {"greedy", "modified_beam_search"}
-    assert {path.split("/")[1] for path in _pipeline(tmp_path).stages[6].outputs} == {"greedy"}
+    assert {path.split("/")[1] for path in _pipeline(tmp_path).stages[7].outputs} == {"greedy"}
 
 
 def test_several_test_sets_are_several_results(tmp_path: Path) -> None:
     pipeline = _pipeline(tmp_path, "--subset", "960h", corpus="librispeech")
-    outputs = pipeline.stages[6].outputs
+    outputs = pipeline.stages[7].outputs
     folders = ("greedy", "greedy-chunk-640-left-5120", "greedy-chunk-320-left-5120")
     scores = [f"decode/{folder}/score-{name}.json" for folder in folders for name in ("test-clean", "test-other")]
     assert [name for name in outputs if "score" in name] == scores
@@ -118,7 +119,7 @@ def test_several_test_sets_are_several_results(tmp_path: Path) -> None:
 
 def test_chunks_are_those_that_are_asked_for_or_that_training_heard(tmp_path: Path) -> None:
     def folders(*words: str, corpus: str = "librispeech") -> list[str]:
-        outputs = _pipeline(tmp_path, *words, corpus=corpus).stages[6].outputs
+        outputs = _pipeline(tmp_path, *words, corpus=corpus).stages[7].outputs
         return list(dict.fromkeys(path.split("/")[1] for path in outputs))
 
     ours = ["greedy", "greedy-chunk-640-left-5120", "greedy-chunk-320-left-5120", "wer-by-chunk.txt"]
@@ -283,14 +284,23 @@ def test_a_recipe_runs_stops_goes_on_and_is_not_repeated(tiny: Tiny, monkeypatch
     again = tiny.run()
     assert _ran(again) == [] and again[-1] == lines[-1]
 
+    page, text = ((tiny.exp / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert again[-1] in page and again[-1] in text and "Texts compared as they are." in text
+    assert [row.split("|")[1].strip() for row in text.splitlines()[-12:-2]] == STAGES[:-1]
+    assert 'href="train/report.html"' in page
+
+    # other rules for texts: nothing is decoded again
+    lines = tiny.run("--set", "scoring.case=lower")
+    assert _ran(lines) == ["score", "report"] and "  texts compared all in lower case" in lines
+
     # another search: decoding only, and both results
     lines = tiny.run("--set", "decoding.search=modified_beam_search")
-    assert _ran(lines) == ["decode"]
+    assert _ran(lines) == ["decode", "score", "report"]
     assert lines[-2].startswith("greedy: %WER ") and lines[-1].startswith("%WER ")
 
     # several chunks: decoding only, a folder for each, and a table of their results
     lines = tiny.run("--decode-chunks", "full,320")
-    assert _ran(lines) == ["decode"]
+    assert _ran(lines) == ["decode", "score", "report"]
     table = (tiny.exp / "decode" / "wer-by-chunk.txt").read_text().splitlines()
     assert [row.split("|")[1:3] for row in table[2:]] == [[" greedy ", "      full "], [" greedy ", "       320 "]]
     rates = []
@@ -301,7 +311,7 @@ def test_a_recipe_runs_stops_goes_on_and_is_not_repeated(tiny: Tiny, monkeypatch
     assert [row.split("|")[3].strip() for row in table] == ["test, %WER", "-" * 9 + ":", *rates]
     assert lines[-1] == json.loads((tiny.exp / "decode" / "greedy" / "score-test.json").read_text())["line"]
     assert lines[-5:-1] == table
-    assert _ran(tiny.run("--decode-chunks", "full")) == ["decode"]
+    assert _ran(tiny.run("--decode-chunks", "full")) == ["decode", "score", "report"]
     assert not (tiny.exp / "decode" / "wer-by-chunk.txt").exists()
 
     # another seed: the same test list, and the first training is kept

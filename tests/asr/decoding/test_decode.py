@@ -49,6 +49,7 @@ def test_files_and_report(cuts, tmp_path):
         "errs-valid.txt",
         "wer-summary-valid.txt",
         "score-valid.json",
+        "decoded-valid.jsonl",
     }
     assert report.score.words.ref_length == sum(len(text.split()) for text in TEXTS)
     assert report.audio_s == pytest.approx(sum(cut.duration for cut in cuts))

@@ -111,7 +111,7 @@ def test_transcribe_command(experiment_dir, tmp_path, capsys):
         (["--set", "decoding.bean=3"], "decoding.beam"),
         (["--set", "decoding.beam=0"], "decoding.beam=0"),
         (["--set", "decoding.beam=many"], "beam"),
-        (["--set", "model.encoder.dim=3"], "only decoding.* and data.*"),
+        (["--set", "model.encoder.dim=3"], "only decoding.*, scoring.*, data.*"),
         (["--search", "greddy"], "greddy"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--cuts", "absent.jsonl.gz"], "absent.jsonl.gz does not exist"),

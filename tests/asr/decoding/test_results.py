@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import json
+import re
 
-from asr.decoding.results import marked_errors, write_results
+import pytest
+
+from asr.cli.main import main
+from asr.decoding.results import marked_errors, read_decoded, write_decoded, write_results
 from asr.decoding.score import NO_WORD, Transcribed
 
 RESULTS = [
@@ -75,7 +79,7 @@ def test_texts_without_spaces_are_scored_in_characters(tmp_path):
     assert (found.interval.low, found.interval.high) == (0.0, 0.4)
     assert found.interval_line.startswith("95% confidence interval of the CER [0.00%, 40.00%] (")
     lines = (tmp_path / "wer-summary-test.txt").read_text().splitlines()
-    assert lines == ["settings\tCER", "greedy\t28.57", "", *found.lines]
+    assert lines == ["settings\tCER", "greedy\t28.57", "", *found.lines, "texts compared as they are"]
     described = json.loads((tmp_path / "score-test.json").read_text())
     assert described["line"] == described["cer_line"] == found.cer_line
     assert described["cer_95_percent_interval"]["high"] == 0.4 and "wer_95_percent_interval" not in described
@@ -83,6 +87,41 @@ def test_texts_without_spaces_are_scored_in_characters(tmp_path):
     errs = (tmp_path / "errs-test.txt").read_text()
     assert errs.startswith("%CER = 28.57\n") and "over 7 reference characters (5 correct)" in errs
     assert "a:\t今 天 (天->*) 气 (好->号)" in errs
+
+
+def test_what_was_decoded_is_scored_again_in_another_way(tmp_path, capsys):
+    texts = [Transcribed("b", "Well, go.", "well GO"), Transcribed("a", "今天", "今天 x")]
+    write_decoded(tmp_path, "test", texts)
+    path = tmp_path / "decoded-test.jsonl"
+    assert read_decoded(path) == texts[::-1]
+    found = write_results(tmp_path, "test", "greedy", read_decoded(path))
+    assert found.words.errors == 3
+    settings = ["--set", "scoring.case=lower", "--set", "scoring.remove_punctuation=true"]
+    assert main(["score", str(path), *settings, "--out-dir", str(tmp_path / "again")]) == 0
+    said = capsys.readouterr().out
+    assert "texts compared all in lower case, without punctuation" in said
+    assert said.splitlines()[-1] == "%WER 33.33% [1 / 3, 1 ins, 0 del, 0 sub ]"
+    assert (tmp_path / "again" / "recogs-test.txt").read_text().splitlines()[2] == "b:\tref=['well', 'go']"
+    assert json.loads((tmp_path / "again" / "score-test.json").read_text())["texts"].startswith("all in lower case")
+    assert main(["score", str(path), "--characters"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("%CER ")
+
+
+@pytest.mark.parametrize(("text", "words", "message"), [
+    ('{"id": "a", "ref": "b"}\n', [], "decoded-test.jsonl:1: not a line with id, ref and hyp"),
+    ('{"id": "a", "ref": "b", "hyp": "c"}\n{', [], "decoded-test.jsonl:2: not a line"),
+    ("", [], "holds no utterances"),
+    (None, [], "cannot read .*decoded-test.jsonl: No such file"),
+    ("", ["--set", "model.preset=s"], r"'model.preset=s': only scoring.\* can be set here"),
+    ("", ["--set", "scoring.case=title"], "scoring.case: title is not one of keep, lower, upper"),
+])  # fmt: skip
+def test_what_cannot_be_scored_is_told_in_one_line(tmp_path, capsys, text, words, message):
+    path = tmp_path / "decoded-test.jsonl"
+    if text is not None:
+        path.write_text(text)
+    assert main(["score", str(path), *words]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said) and len(said.splitlines()) == 1
 
 
 def test_successive_errors_are_shown_together():

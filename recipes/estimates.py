@@ -184,6 +184,8 @@ def _estimate(name: str, recipe: Recipe, pipeline: Pipeline, audio: Audio, param
         disk = {"audio": audio.of_stage(name) * PCM_BYTES_PER_S}
     elif name == "features" and recipe.experiment.data.features.storage == "stored":
         disk = {"stored features": audio.stored_s * 100 * 4 * recipe.experiment.data.features.num_mel_bins}
+    elif name == "features" and recipe.experiment.data.features.storage == "shar":
+        disk = {"shards": audio.seconds["train"] * AUDIO_BYTES_PER_S[".flac"]}
     elif name == "train":
         config = recipe.experiment.training
         each = weights * (3 + (config.ema_decay > 0))  # Adam's two moments

@@ -3,7 +3,7 @@
 Layout of an experiment folder::
 
     data/corpus.json  data/audio/  data/cuts_<set>.jsonl.gz  data/{bad_rows.txt,checksums.json}  download, prepare
-    data/features/cuts_<set>.jsonl.gz  data/features/stats.json                                  features
+    data/features/cuts_<set>.jsonl.gz  data/features/stats.json  data/features/<set>/            features
     tokenizer/tokenizer.json  tokenizer/tokens.txt                                               tokenizer
     train/checkpoints/  train/best.pt  train/metrics.jsonl  train/report.html                    train
     train/average.pt                                                                             average
@@ -128,8 +128,10 @@ def run_prepare(recipe: Recipe) -> None:
 
 
 def run_features(recipe: Recipe) -> None:
-    """Computes features of all splits (augmented copies for training) and the statistics of the training features."""
+    """Computes features of all splits (augmented copies for training) or writes training audio as shards, and the
+    statistics of the training features."""
     from asr.data.features import compute_features, compute_stats
+    from asr.data.shar_writing import write_shards
 
     config = recipe.experiment.data
     bad: list[BadRow] = []
@@ -142,6 +144,9 @@ def run_features(recipe: Recipe) -> None:
             out = recipe.path(f"data/features/{split}")
             seed = recipe.data_seed
             cuts = compute_features(cuts, out, config.features, augment, seed, recipe.num_jobs, bad_rows=bad)
+        elif config.features.storage == "shar" and split == "train":
+            out = recipe.path("data/features/train")
+            cuts = write_shards(cuts, out, config.features, recipe.data_seed, recipe.num_jobs, bad_rows=bad)
         save_cuts(cuts, recipe.path(f"data/features/cuts_{split}.jsonl.gz"))
         print(f"  {split}: {len(cuts)} cuts", flush=True)
     path = recipe.path("data/features/bad_rows.txt")
@@ -305,8 +310,11 @@ def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Mill
     cuts = tuple(f"data/cuts_{split}.jsonl.gz" for split in options.splits)
     manifests = tuple(f"data/features/cuts_{split}.jsonl.gz" for split in options.splits)
     features = (*manifests, "data/features/stats.json")
-    stored = experiment.data.features.storage == "stored"
-    feature_files = tuple(f"data/features/{split}" for split in options.splits) if stored else ()
+    data = experiment.data
+    stored, sharded = data.features.storage == "stored", data.features.storage == "shar"
+    # shards may be moved to where data.shar.urls says
+    in_files = options.splits if stored else ("train",) if sharded and not data.shar.urls else ()
+    feature_files = tuple(f"data/features/{split}" for split in in_files)
     trained = ("train/checkpoints", "train/best.pt", "train/metrics.jsonl", "train/config.yaml")
     decoded = tuple(decoded_files(experiment, options, chunks))
     scores = tuple(score_files(experiment, options, chunks))
@@ -314,6 +322,7 @@ def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Mill
     proofs = tuple(f"verify/{name}/verify.{kind}" for name in exports for kind in ("json", "html"))
     checks = ("experiment.data.strict", "experiment.data.max_bad_fraction")
     tokens = ("tokenizer/tokenizer.json",)
+    unused = ("shar.urls", "shar.cache", "shar.cache_gb") if sharded else ("shar", "features.shard_cuts")
     training = ("seed", "data", "model", "loss", "optim", "training")
     return [
         Stage(
@@ -333,7 +342,12 @@ def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Mill
             run_features,
             (*cuts, "data/audio", CHECKSUMS_FILE),
             (*features, *feature_files),
-            ("experiment.data.features", "!experiment.data.features.num_jobs", "experiment.data.augment", "data_seed"),
+            (
+                "experiment.data.features",
+                "!experiment.data.features.num_jobs",
+                *(() if sharded else ("!experiment.data.features.shard_cuts", "experiment.data.augment")),
+                "data_seed",
+            ),
             checks,
             audio_s=partial(audio_of_stage, "features"),
         ),
@@ -356,6 +370,7 @@ def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Mill
                 *(["more_cuts"] if experiment.data.more_cuts else []),
                 "!experiment.data.num_workers",
                 "!experiment.data.features.num_jobs",
+                *(f"!experiment.data.{name}" for name in unused),
                 *(f"!{name}" for name in checks),
             ),
             checks,

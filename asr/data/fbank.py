@@ -39,14 +39,18 @@ class FeatureConfig:
     Args:
         num_mel_bins: mel bins; 80 is what device runtimes expect.
         storage: stored computes features once in the features stage (fast epochs, about 32 kB a second of audio and
-            copy); on_the_fly computes them in the workers of the loader (fresh augmentation in every epoch, no disk).
+            copy); on_the_fly computes them in the workers of the loader (fresh augmentation in every epoch, no disk);
+            so does shar, whose features stage writes the audio of training cuts as lhotse Shar, 16-bit FLAC in tar
+            files, which are read from beginning to end, from a disk or an object store: see data.shar.
+        shard_cuts: cuts in a file of storage=shar.
         tail_chunk_ms: silence is appended up to the next whole chunk of this length plus one chunk; a multiple of 40
             ms, and a multiple of the chunk of a streaming model.
         num_jobs: processes that compute stored features.
     """
 
     num_mel_bins: int = 80
-    storage: Literal["stored", "on_the_fly"] = "stored"
+    storage: Literal["stored", "on_the_fly", "shar"] = "stored"
+    shard_cuts: int = 1000
     tail_chunk_ms: int = 320
     num_jobs: int = 2
 
@@ -54,8 +58,10 @@ class FeatureConfig:
         step_ms = SUBSAMPLING * FRAME_SHIFT_MS
         if not 4 <= self.num_mel_bins <= 256:
             raise ValueError(f"num_mel_bins={self.num_mel_bins}; it must lie in [4, 256]")
-        if self.storage not in ("stored", "on_the_fly"):
-            raise ValueError(f"storage={self.storage!r}; it must be stored or on_the_fly")
+        if self.storage not in ("stored", "on_the_fly", "shar"):
+            raise ValueError(f"storage={self.storage!r}; it must be stored, on_the_fly or shar")
+        if self.shard_cuts < 1:
+            raise ValueError(f"shard_cuts={self.shard_cuts}; at least 1 is needed")
         if self.tail_chunk_ms < step_ms or self.tail_chunk_ms % step_ms:
             raise ValueError(f"tail_chunk_ms={self.tail_chunk_ms}; it must be a positive multiple of {step_ms}")
         if self.num_jobs < 1:

@@ -8,14 +8,14 @@ import multiprocessing
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from asr.data.fbank import (
     pad_tail,
 )
 from asr.data.recordings import RecordingError
+from asr.data.shar import SOURCE_TYPE, Shards
 from asr.data.storage import STORAGE_NAME, PackedWriter, read_packed
 from asr.errors import UserError
 
@@ -58,6 +59,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+Task = TypeVar("Task", bound="_WithCuts")
+
 CUTS_PER_FILE = 256
 """Stored features are cut into files by this number alone, so that they do not depend on the number of processes."""
 MIN_AUDIO_PER_PROCESS_S = 600.0
@@ -77,8 +81,12 @@ def single_threaded_torch() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def load_samples(cut: MonoCut) -> np.ndarray:
+def load_samples(cut: MonoCut, shards: Shards | None = None) -> np.ndarray:
     """Audio of a cut, float32 [N] at 16 kHz.
+
+    Args:
+        cut: of a file or of a shard.
+        shards: what reads shards, where many cuts are loaded.
 
     Raises:
         UserError: the file cannot be read, or is not at 16 kHz.
@@ -94,6 +102,8 @@ def load_samples(cut: MonoCut) -> np.ndarray:
         problem = audio_problem(source, expected)
         if problem is not None:
             raise UserError(f"cannot use the audio of cut {cut.id} ({source}): {problem}")
+    if cut.recording.sources[0].type == SOURCE_TYPE:
+        cut = (shards or Shards()).fill(cut)
     try:
         with single_threaded_torch() if cut.recording.transforms else nullcontext():
             samples = cut.load_audio()
@@ -245,7 +255,7 @@ def compute_features(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         jobs = config.num_jobs if num_jobs is None else num_jobs
-        for task, results in zip(tasks, _run_tasks(tasks, jobs), strict=True):
+        for task, results in zip(tasks, run_tasks(_compute_task, tasks, jobs), strict=True):
             for cut, result in zip(task.cuts, results, strict=True):
                 if isinstance(result, BadRow):
                     # a recording is bad once, however many speeds and copies were asked for
@@ -257,7 +267,7 @@ def compute_features(
             logger.info("features of %d of %d cuts in %s", len(done) + num_bad, len(expanded), out_dir)
         if not done:
             raise UserError(f"none of the {len(plain)} cuts could be read; the first: {found_bad[0]}")
-        _replace_folder(partial, out_dir)
+        replace_folder(partial, out_dir)
     except OSError as error:
         raise UserError(f"cannot write features to {out_dir}: {error.strerror or error}") from error
     for row in found_bad.values():
@@ -267,7 +277,7 @@ def compute_features(
     return CutSet.from_cuts(done)
 
 
-def _replace_folder(partial: Path, out_dir: Path) -> None:
+def replace_folder(partial: Path, out_dir: Path) -> None:
     """Put a complete folder in place of an older one."""
     old = out_dir.with_name(out_dir.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
@@ -277,18 +287,23 @@ def _replace_folder(partial: Path, out_dir: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _run_tasks(tasks: Sequence[_Task], num_jobs: int) -> Iterator[list[Features | BadRow]]:
-    """Results in the order of the tasks."""
+class _WithCuts(Protocol):
+    @property
+    def cuts(self) -> list[MonoCut]: ...
+
+
+def run_tasks(work: Callable[[Task], Result], tasks: Sequence[Task], num_jobs: int) -> Iterator[Result]:
+    """Results of a module's function in the order of the tasks; by processes, where that saves time."""
     audio_s = sum(cut.duration for task in tasks for cut in task.cuts)
     jobs = min(num_jobs, len(tasks), max(1, int(audio_s / MIN_AUDIO_PER_PROCESS_S)))
     if jobs <= 1:
-        yield from map(_compute_task, tasks)
+        yield from map(work, tasks)
         return
     # spawned, not forked: the caller may hold threads of torch and numba, which a fork does not survive
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
         try:
-            yield from pool.map(_compute_task, tasks)
+            yield from pool.map(work, tasks)
         except BrokenProcessPool as error:
             raise UserError(
                 f"one of {jobs} processes that compute features was killed, perhaps for lack of memory; "
@@ -404,10 +419,15 @@ def compute_stats(cuts: CutSet | Iterable[MonoCut], config: FeatureConfig | None
         UserError: there is no audio.
     """
     fbank = Fbank(config)
+    shards = Shards()
     total = total_square = np.zeros(1)
     num_frames = 0
     for cut in cuts:
-        values = load_stored_features(cut) if cut.features is not None else compute_cut_features(cut, fbank)
+        values = (
+            load_stored_features(cut)
+            if cut.features is not None
+            else features_of(load_samples(cut, shards), cut.id, fbank)
+        )
         audio = values[: num_audio_frames(cut.num_samples)].astype(np.float64)
         total = total + audio.sum(axis=0)
         total_square = total_square + np.square(audio).sum(axis=0)

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,8 @@ from asr.data.features import (
     num_encoder_frames,
 )
 from asr.data.packed_cuts import ChosenCuts, ExpandedCuts, JoinedCuts, PackedCuts, cuts_of_epoch
-from asr.data.plan import plan_epoch, split_by_lattice
+from asr.data.plan import draw_windows, plan_epoch, split_by_lattice
+from asr.data.shar import Ahead, SharConfig, Shards
 from asr.data.tokenizer import Tokenizer, UnknownToken
 from asr.data.utterances import Utterance, Utterances
 from asr.errors import UserError
@@ -57,13 +58,15 @@ class DataConfig:
         features: the features and whether they are stored.
         augment: augmentation of the waveform of training cuts.
         spec_augment: warping and masking of the features of training cuts.
+        shar: reading of shards.
         max_duration_s: audio seconds in a batch at most, counted as utterances times the longest they may be; one
             utterance that is longer forms a batch of its own.
         max_lattice_cells: of a training batch at most: utterances times encoder frames of the longest times tokens and
             one of the one with most; times the vocabulary, what a loss with all logits in memory holds. 0 is no limit.
         num_buckets: training batches hold utterances of one of this many classes of similar duration.
         sorted_epochs: in so many first epochs, batches come in order of rising duration (SortaGrad, Amodei et al. 2016,
-            "Deep Speech 2"): from short utterances a model learns sooner which sound is which token.
+            "Deep Speech 2"): from short utterances a model learns sooner which sound is which token. With shards, those
+            of each window do.
         num_workers: processes that load batches; 0 loads them in the main process.
         shuffle: draw training batches in random order; otherwise take cuts in the order given.
         strict: stop at the first bad row instead of leaving it out.
@@ -75,6 +78,7 @@ class DataConfig:
     features: FeatureConfig = field(default_factory=FeatureConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
+    shar: SharConfig = field(default_factory=SharConfig)
     max_duration_s: float = 120.0
     max_lattice_cells: int = 0
     num_buckets: int = 10
@@ -118,7 +122,8 @@ class BatchLoader(Iterable[Batch]):
 
     The first ``own`` of them count; one more may stand in for a batch that is not there, see `train_loader`.
 
-    Leaving an iteration early ends its workers, also by an exception or a signal handler that raises.
+    Leaving an iteration early ends its workers, also by an exception or a signal handler that raises. ``ahead`` is told
+    the number of each batch when it is asked for, in this process.
     """
 
     def __init__(
@@ -128,12 +133,14 @@ class BatchLoader(Iterable[Batch]):
         num_workers: int,
         pin_memory: bool,
         own: int | None = None,
+        ahead: Callable[[int], None] | None = None,
     ) -> None:
         self.batches = batches
         self.own = len(batches) if own is None else own
         self._dataset = dataset
         self._num_workers = min(num_workers, len(batches))
         self._pin_memory = pin_memory
+        self._ahead = ahead
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -144,7 +151,7 @@ class BatchLoader(Iterable[Batch]):
         return self._with_workers()
 
     def _inline(self) -> Iterator[Batch]:
-        for indices in self.batches:
+        for indices in _Order(self.batches, self._ahead):
             batch = _unwrap(self._dataset[indices])
             yield batch.pin_memory() if self._pin_memory else batch
 
@@ -152,7 +159,7 @@ class BatchLoader(Iterable[Batch]):
         loader = DataLoader(
             self._dataset,
             batch_size=None,
-            sampler=_Order(self.batches),
+            sampler=_Order(self.batches, self._ahead),
             collate_fn=_identity,
             num_workers=self._num_workers,
             worker_init_fn=_start_worker,
@@ -201,6 +208,7 @@ class BatchDataset(Dataset[Batch]):
         self._seed = seed
         self._epoch = epoch
         self._fbank = Fbank(config.features)
+        self._shards = Shards(config.shar, whole=epoch is not None and config.features.storage == "shar")
 
     def __len__(self) -> int:
         return len(self._utterances)
@@ -246,8 +254,9 @@ class BatchDataset(Dataset[Batch]):
         if row.cuts[0].features is not None:
             return load_stored_features(row.cuts[0])
         if self._epoch is None:
-            return features_of(row.load(), row.id, self._fbank)
-        return features_of(row.load(), row.id, self._fbank, self._config.augment, seed=self._seed, epoch=self._epoch)
+            return features_of(row.load(self._shards), row.id, self._fbank)
+        samples = row.load(self._shards)
+        return features_of(samples, row.id, self._fbank, self._config.augment, seed=self._seed, epoch=self._epoch)
 
 
 def train_loader(
@@ -269,8 +278,8 @@ def train_loader(
 
     Args:
         cuts: with stored features if ``config.features.storage`` is "stored" (then speeds and copies are among them
-            already); with recordings otherwise (then speeds and copies are added here). ``PackedCuts`` stay packed;
-            whoever made them has called ``check_stored_features``.
+            already); with recordings otherwise (then speeds and copies are added here), which lie in shards if it is
+            "shar". ``PackedCuts`` stay packed; whoever made them has called ``check_stored_features``.
         tokenizer: makes the targets.
         config: how.
         seed: seed of the experiment.
@@ -281,9 +290,9 @@ def train_loader(
         rank, size: number of this process, and of all.
 
     Raises:
-        UserError: there are no cuts; stored features are missing or were made with other settings; or there are no
-            recordings for augmentation. While iterating: a cut or such a recording cannot be loaded, or a worker was
-            killed.
+        UserError: there are no cuts; stored features are missing or were made with other settings; cuts lie in no
+            shard; or there are no recordings for augmentation. While iterating: a cut or such a recording cannot be
+            loaded, or a worker was killed.
     """
     plain = cuts if isinstance(cuts, PackedCuts | JoinedCuts) else list(cuts)
     if not plain:
@@ -307,16 +316,22 @@ def train_loader(
         # a token a frame, as of cuts (check_cuts); one may come between them
         return bool(tokens[first] + tokens[second] + 1 <= num_encoder_frames(num_samples, config.features))
 
+    windows = None
+    if config.features.storage == "shar":
+        of_plain, names = (plain if isinstance(plain, PackedCuts | JoinedCuts) else PackedCuts(plain)).shards()
+        windows = draw_windows(of_plain[chosen % len(plain)], names, config, seed=seed, epoch=epoch)
     utterances = Utterances(
         of_epoch,
         None if stored else config.augment,
         seed=seed,
         epoch=epoch,
         order=None if config.shuffle else np.arange(len(of_epoch)),
+        windows=None if windows is None else windows.of_cuts,
         max_s=min(config.augment.concat_max_s, config.max_duration_s),
         fits=fits,
     )
-    batches = plan_epoch(utterances.durations_s, config, seed=seed, epoch=epoch)
+    of_utterances = None if windows is None else windows.of_cuts[utterances.members[:, 0]]
+    batches = plan_epoch(utterances.durations_s, config, seed=seed, epoch=epoch, windows=of_utterances)
     if config.max_lattice_cells:
         samples = np.round(utterances.durations_s * SAMPLE_RATE_HZ).astype(np.int64)
         frames = num_encoder_frames(samples, config.features)
@@ -327,7 +342,10 @@ def train_loader(
     count = len(own)
     if count < -(-len(left) // size):
         own = left.take(np.append(np.arange(rank, len(left), size), (len(left) - 1) // size * size))
-    return BatchLoader(dataset, own, config.num_workers, pin_memory, count)
+    ahead = None
+    if windows is not None and of_utterances is not None:
+        ahead = Ahead(of_utterances[own.members[own.starts]], windows.shards, config.shar)
+    return BatchLoader(dataset, own, config.num_workers, pin_memory, count, ahead)
 
 
 def _cuts_of_epoch(
@@ -398,11 +416,14 @@ def transcript(cut: MonoCut) -> str:
 class _Order:
     """A sampler of torch's DataLoader: one batch is one item."""
 
-    def __init__(self, batches: Sequence[list[int]]) -> None:
-        self._batches = batches
+    def __init__(self, batches: Sequence[list[int]], ahead: Callable[[int], None] | None) -> None:
+        self._batches, self._ahead = batches, ahead
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches)
+        for number, batch in enumerate(self._batches):
+            if self._ahead is not None:
+                self._ahead(number)
+            yield batch
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -24,13 +24,17 @@ from lhotse.serialization import deserialize_item
 
 from asr.data.audio import SAMPLE_RATE_HZ
 from asr.data.augmentation import AugmentConfig, expand_cut, random_generator
+from asr.data.shar import shard_of
 from asr.errors import UserError
 
 BLOCK = 64
 """Lines that are compressed together: more take less memory, and more time to reach one of them."""
 
-# how lhotse begins a cut: what is read this way need not be parsed
+# how lhotse begins a cut, and how the features stage names shards: what is read this way need not be parsed
 _HEAD = re.compile(rb'\{"id": "([^"\\]*)", "start": [-+.e0-9]+, "duration": ([-+.e0-9]+),')
+
+
+_SHARD = re.compile(rb'"type": "shar", "channels": \[[0-9]+\], "source": "([^"\\]+):[0-9]+:[0-9]+:[0-9a-f]{8}"')
 
 
 class _Cuts(Sequence[MonoCut]):
@@ -67,6 +71,7 @@ class PackedCuts(_Cuts):
 
     def __init__(self, cuts: Iterable[MonoCut] = ()) -> None:
         self._path: Path | None = None
+        self._shards: tuple[np.ndarray, list[str]] | None = None
         self._pack(json.dumps(cut.to_dict(), ensure_ascii=False).encode() for cut in cuts)
 
     @classmethod
@@ -129,6 +134,22 @@ class PackedCuts(_Cuts):
         self._data = np.frombuffer(b"".join(packed), np.uint8)
         self.durations_s = np.array(durations_s)
 
+    def shards(self) -> tuple[np.ndarray, list[str]]:
+        """In which shard each cut lies, int32 [N], and the names of the shards, in the order in which they come.
+
+        Raises:
+            UserError: a cut lies in no shard.
+        """
+        if self._shards is None:
+            numbers: dict[str, int] = {}
+            found = np.empty(len(self), np.int32)
+            for number, line in enumerate(line for block in range(len(self._ends) - 1) for line in self._block(block)):
+                named = _SHARD.findall(line)
+                name = named[0].decode() if len(named) == 1 else shard_of(self._cut(line, number))
+                found[number] = numbers.setdefault(name, len(numbers))
+            self._shards = found, list(numbers)
+        return self._shards
+
     def _no_cut(self, line: int, error: Exception) -> UserError:
         return UserError(f"{self._path or 'cuts'}:{line}: this is not a cut ({type(error).__name__}: {error})")
 
@@ -173,6 +194,15 @@ class JoinedCuts(_Cuts):
     def sizes(self) -> list[int]:
         """How many cuts each part has."""
         return [len(part) for part in self._parts]
+
+    def shards(self) -> tuple[np.ndarray, list[str]]:
+        """As of ``PackedCuts``."""
+        numbers: dict[str, int] = {}
+        found = []
+        for part in self._parts:
+            own, names = part.shards()
+            found.append(np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int32)[own])
+        return np.concatenate(found), list(numbers)
 
     def _at(self, number: int) -> MonoCut:
         part = int(np.searchsorted(self._begins, number, side="right")) - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 
@@ -45,9 +45,16 @@ class Plan(Sequence[list[int]]):
         return Plan(self.members[place + np.repeat(ends - taken, ends - starts)], taken)
 
 
-def plan_epoch(durations_s: Sequence[float] | np.ndarray, config: DataConfig, *, seed: int, epoch: int) -> Plan:
+def plan_epoch(
+    durations_s: Sequence[float] | np.ndarray,
+    config: DataConfig,
+    *,
+    seed: int,
+    epoch: int,
+    windows: np.ndarray | None = None,
+) -> Plan:
     """Which cuts form which batch: a pure function of its arguments. Buckets of similar duration are shuffled and cut
-    into batches, and the batches of all buckets are shuffled.
+    into batches, and the batches of all buckets are shuffled; with windows, those of one after those of the other.
 
     Not by lhotse's sampler, which takes a sixth of a millisecond a cut to do so: minutes at each start of an epoch of a
     thousand hours.
@@ -57,12 +64,26 @@ def plan_epoch(durations_s: Sequence[float] | np.ndarray, config: DataConfig, *,
         config: ``max_duration_s``, ``num_buckets``, ``shuffle``, ``sorted_epochs``.
         seed: seed of the experiment.
         epoch: number of the epoch.
+        windows: int64, the window of each cut, see ``draw_windows``: no batch has cuts of two.
 
     Returns:
         The batches of the epoch; every cut is in one of them.
     """
     durations = np.asarray(durations_s, np.float64)
     rng = random_generator(seed, epoch, "", "batches")
+    if windows is None:
+        return _plan(durations, config, rng, epoch)
+    members, ends, total = [], [], 0
+    rising = np.argsort(windows, kind="stable")
+    for numbers in np.split(rising, np.flatnonzero(np.diff(windows[rising])) + 1):
+        plan = _plan(durations[numbers], config, rng, epoch)
+        members.append(numbers[plan.members])
+        ends.append(plan.ends + total)
+        total += len(numbers)
+    return Plan(np.concatenate(members), np.concatenate(ends))
+
+
+def _plan(durations: np.ndarray, config: DataConfig, rng: np.random.Generator, epoch: int) -> Plan:
     order = rng.permutation(len(durations)) if config.shuffle else np.arange(len(durations))
     limits = _bucket_limits(durations, config.num_buckets)
     bucket = np.searchsorted(limits, durations[order])
@@ -80,6 +101,36 @@ def plan_epoch(durations_s: Sequence[float] | np.ndarray, config: DataConfig, *,
         longest = np.maximum.reduceat(durations[plan.members], plan.starts)
         plan = plan.take(np.argsort(longest, kind="stable"))
     return plan
+
+
+class Windows(NamedTuple):
+    """Of an epoch: the window of each cut, int64 [N], numbered in the order in which they come, and the shards of each
+    window."""
+
+    of_cuts: np.ndarray
+    shards: list[list[str]]
+
+
+def draw_windows(
+    shard_of_cuts: np.ndarray, shards: Sequence[str], config: DataConfig, *, seed: int, epoch: int
+) -> Windows:
+    """Which shards an epoch reads at the same time: a pure function of its arguments.
+
+    Args:
+        shard_of_cuts: int [N], numbers of shards.
+        shards: their names.
+        config: ``shar.window``, how many are in a window at most; all have about equally many. ``shuffle`` decides
+            whether they come in random order.
+        seed: seed of the experiment.
+        epoch: number of the epoch.
+    """
+    count = -(-len(shards) // config.shar.window)
+    places = np.arange(len(shards))
+    if config.shuffle:
+        places = random_generator(seed, epoch, "", "shards").permutation(len(shards))
+    of_shards = places * count // len(shards)
+    named = [[shards[number] for number in np.flatnonzero(of_shards == window).tolist()] for window in range(count)]
+    return Windows(of_shards[shard_of_cuts], named)
 
 
 def _bucket_limits(durations: np.ndarray, num_buckets: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from asr.data.features import (
 )
 from asr.data.loader import DataConfig, transcript
 from asr.data.packed_cuts import ExpandedCuts, PackedCuts
+from asr.data.shar import SOURCE_TYPE, Shards
 from asr.data.tokenizer import Tokenizer, UnknownToken
 from asr.errors import UserError
 
@@ -83,11 +84,12 @@ def show_cut(cut: MonoCut, tokenizer: Tokenizer, config: DataConfig, *, seed: in
         UserError: there are neither features nor sound, or the features were made with other settings.
     """
     fbank = Fbank(config.features)
+    shards = Shards(config.shar)
     drawn: dict[str, Any] = {}
     problem = ""
-    plain, speed = _without_speed(cut)
+    plain, speed = _without_speed(cut, shards)
     try:
-        samples_before = load_samples(plain)
+        samples_before = load_samples(plain, shards)
     except UserError as error:
         if cut.features is None:
             raise
@@ -98,7 +100,7 @@ def show_cut(cut: MonoCut, tokenizer: Tokenizer, config: DataConfig, *, seed: in
         after = load_stored_features(cut).copy()
     else:
         samples_after = augment_samples(
-            load_samples(cut), config.augment, seed=seed, epoch=epoch, cut_id=cut.id, drawn=drawn
+            load_samples(cut, shards), config.augment, seed=seed, epoch=epoch, cut_id=cut.id, drawn=drawn
         )
         after = fbank.extract(pad_tail(samples_after, config.features))
     if config.spec_augment.prob > 0:
@@ -133,17 +135,22 @@ def show_cut(cut: MonoCut, tokenizer: Tokenizer, config: DataConfig, *, seed: in
     )
 
 
-def _without_speed(cut: MonoCut) -> tuple[MonoCut, float]:
+def _without_speed(cut: MonoCut, shards: Shards) -> tuple[MonoCut, float]:
     """The cut of the recording as it is in its file, and the speed at which ``cut`` plays it."""
     changes = (cut.recording.transforms or []) if cut.recording is not None else []
     entries = [change if isinstance(change, dict) else change.to_dict() for change in changes]
     source = cut.recording.sources[0] if cut.recording is not None else None
-    if not entries or source is None or source.type != "file" or any(entry["name"] != "Speed" for entry in entries):
+    if not entries or source is None or any(entry["name"] != "Speed" for entry in entries):
+        return cut, 1.0
+    if source.type not in ("file", SOURCE_TYPE):
         return cut, 1.0
     speed = float(np.prod([entry["kwargs"]["factor"] for entry in entries]))
-    if audio_problem(source.source) is not None:  # told when it is read
+    if source.type == SOURCE_TYPE:
+        recording = Recording.from_bytes(shards.read(source.source), cut.recording_id)
+    elif audio_problem(source.source) is not None:  # told when it is read
         return cut, speed
-    recording = Recording.from_file(source.source, recording_id=cut.recording_id)
+    else:
+        recording = Recording.from_file(source.source, recording_id=cut.recording_id)
     start = round(cut.start * speed * SAMPLE_RATE_HZ) / SAMPLE_RATE_HZ
     duration = min(round(cut.duration * speed * SAMPLE_RATE_HZ) / SAMPLE_RATE_HZ, recording.duration - start)
     plain = MonoCut(cut.id, start, duration, cut.channel, recording=recording)

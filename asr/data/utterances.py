@@ -16,6 +16,7 @@ from asr.data.audio import SAMPLE_RATE_HZ
 from asr.data.augmentation import AugmentConfig, random_generator
 from asr.data.features import load_samples
 from asr.data.packed_cuts import durations_of
+from asr.data.shar import Shards
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Utterance:
         """At 16 kHz, silence included."""
         return sum(cut.num_samples for cut in self.cuts) + sum(map(sum, self.silence))
 
-    def load(self) -> np.ndarray:
-        """Audio, float32 [num_samples] at 16 kHz. Raises UserError as ``load_samples``."""
-        parts = [np.pad(load_samples(cut), around) for cut, around in zip(self.cuts, self.silence, strict=True)]
+    def load(self, shards: Shards | None = None) -> np.ndarray:
+        """Audio, float32 [num_samples] at 16 kHz. Arguments and errors as of ``load_samples``."""
+        parts = [np.pad(load_samples(cut, shards), around) for cut, around in zip(self.cuts, self.silence, strict=True)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -61,6 +62,7 @@ class Utterances(Sequence[Utterance]):
         order: in which neighbours are joined, numbers of cuts; a random one by default.
         max_s: no joined utterance is longer, silence included.
         fits: whether two cuts of these numbers may be one utterance of so many samples.
+        windows: int [N], the window of each cut: only cuts of the same one are joined.
 
     ``durations_s`` is float64 [M], silence included; ``members`` int64 [M, 2] has the numbers of the cuts, -1 for none.
     """
@@ -75,6 +77,7 @@ class Utterances(Sequence[Utterance]):
         order: np.ndarray | None = None,
         max_s: float = 0.0,
         fits: Callable[[int, int, int], bool] = lambda first, second, num_samples: True,
+        windows: np.ndarray | None = None,
     ) -> None:
         self._cuts = cuts
         durations_s = durations_of(cuts)
@@ -91,6 +94,9 @@ class Utterances(Sequence[Utterance]):
             rng = random_generator(seed, epoch, "", "concat")
             order = rng.permutation(count) if order is None else order
             wanted = rng.random(count) < config.concat_prob
+            if windows is not None:  # neighbours are of one window, but for the last of each
+                order = order[np.argsort(windows[order], kind="stable")]
+                wanted[np.flatnonzero(np.diff(windows[order]))] = False
             self.members = _join(order, wanted, np.round(durations_s * SAMPLE_RATE_HZ), max_s, fits)
         first, second = self.members.T
         self.durations_s = durations_s[first] + np.where(second < 0, 0.0, durations_s[second])

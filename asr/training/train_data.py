@@ -23,6 +23,7 @@ from asr.data.bad_rows import BadRow, report_bad_rows
 from asr.data.features import FeatureStats, check_stored_features
 from asr.data.manifests import checked_cuts
 from asr.data.packed_cuts import JoinedCuts, PackedCuts
+from asr.data.shar import check_shards
 from asr.data.tokenizer import Tokenizer, TokenizerConfig
 from asr.errors import UserError
 from asr.training.ranks import place
@@ -60,8 +61,8 @@ def load_train_data(
     training that goes on does not look at all cuts again.
 
     Raises:
-        UserError: a manifest that cannot be used; recordings for augmentation that are not there or broken; bad rows
-            under ``data.strict``, or too many of them.
+        UserError: a manifest that cannot be used; shards that are not there or not whole; recordings for augmentation
+            that are not there or broken; bad rows under ``data.strict``, or too many of them.
     """
     # stored features are used without the audio, which may be gone by now
     on_the_fly = experiment.data.features.storage != "stored"
@@ -94,6 +95,8 @@ def load_train_data(
             raise UserError(f"all cuts of {path} are bad; reasons in {out / 'bad_rows.txt'}")
     train, valid, *others = good if valid_cuts is not None else [good[0], PackedCuts(), *good[1:]]
     together = JoinedCuts([train, *others], [1.0, *more.values()]) if others else train
+    if config.features.storage == "shar":
+        check_shards(together.shards()[1], config.shar)
     return TrainData(together, valid, tokenizer, stats, num_valid)
 
 

@@ -329,3 +329,22 @@ def test_features_on_the_fly_are_computed_without_storing_them(tiny: Tiny) -> No
     assert not list((tiny.exp / "data" / "features").rglob("*.f32"))
     noted = {name: json.loads((tiny.exp / ".done" / f"{name}.json").read_text())["audio_s"] for name in STAGES}
     assert noted["prepare"] > noted["features"] > 0 and noted["download"] is None
+
+
+def test_training_audio_goes_into_shards_that_may_move(tiny: Tiny) -> None:
+    shar = ["--set", "data.features.storage=shar", "--set", "data.features.shard_cuts=3"]
+    words = [*shar, "--set", "training.max_steps=2", "--stop-stage", "train"]
+    assert _ran(tiny.run("--corpus-dir", str(tiny.corpus), *words)) == STAGES[:5]
+    shards = tiny.exp / "data" / "features" / "train"
+    assert list(shards.glob("recording.*.tar")) and not list(tiny.exp.rglob("*.f32"))
+    assert _ran(tiny.run(*words)) == []
+    # how speeds are and where the cache is changes nothing in the shards; the training, only the first
+    faster = ["--set", "data.augment.speed_factors=[1.0, 1.1]"]
+    assert _ran(tiny.run(*words, *faster)) == ["train"]
+    assert _ran(tiny.run(*words, *faster, "--set", f"data.shar.cache={tiny.exp / 'cache'}")) == []
+    shards.rename(tiny.exp / "bucket")
+    moved = ["--set", f"data.shar.urls={{{shards}: file://{tiny.exp / 'bucket'}}}"]
+    moved += ["--set", f"data.shar.cache={tiny.exp / 'cache'}"]
+    assert _ran(tiny.run(*words, *faster, *moved)) == []
+    assert _ran(tiny.run(*words, *faster, *moved, "--seed", "5")) == ["train"]
+    assert list((tiny.exp / "cache").glob("*recording*.tar"))

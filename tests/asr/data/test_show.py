@@ -13,6 +13,7 @@ from asr.data.augmentation import AugmentConfig, SpecAugmentConfig
 from asr.data.features import FeatureConfig, compute_features, load_samples
 from asr.data.loader import DataConfig, train_loader
 from asr.data.packed_cuts import PackedCuts
+from asr.data.shar_writing import write_shards
 from asr.data.show import ShownCut, choose_cuts, show_cut
 from asr.data.tokenizer import Tokenizer, TokenizerConfig
 from asr.errors import UserError
@@ -98,3 +99,14 @@ def test_stored_features_are_shown_without_their_sound(cuts: list[MonoCut], tmp_
         shown(cuts, FLY, 1, 4)
     for cut in cuts:
         (tmp_path / f"{cut.id}.wav").rename(cut.recording.sources[0].source)
+
+
+def test_cuts_of_shards_are_shown_as_those_of_files(cuts: list[MonoCut], tmp_path: Path) -> None:
+    config = replace(FLY, features=FeatureConfig(storage="shar", num_jobs=1))
+    sharded = write_shards(cuts, tmp_path / "train", config.features, 0)
+    seen, files = shown(sharded, config, 3, 2), shown(cuts, FLY, 3, 2)
+    assert seen.keys() == files.keys() and len(seen) == 12
+    for cut_id, one in seen.items():
+        assert (one.problem, one.speed) == ("", files[cut_id].speed)
+        for name in ("before", "after", "samples_before", "samples_after"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(files[cut_id], name))

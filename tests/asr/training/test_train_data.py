@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from asr.config import Experiment
-from asr.data.fbank import num_encoder_frames
+from asr.data.fbank import FeatureConfig, num_encoder_frames
 from asr.data.loader import train_loader
 from asr.data.manifests import save_cuts
+from asr.data.shar_writing import write_shards
 from asr.errors import UserError
 from asr.training import train_data
 from asr.training.train_data import load_train_data
@@ -122,6 +123,30 @@ def test_other_corpora_train_beside_the_own_one(tmp_path: Path) -> None:
         assert sum(batch.size for batch in loader) == 2 * 4
     with pytest.raises(UserError, match="more_cuts has .*: 2"):
         experiment("data.features.storage=stored", f"data.more_cuts={{{other}: 2.0}}")
+
+
+def test_shards_are_looked_for_before_training(tmp_path: Path) -> None:
+    paths = tmp_path / "train.jsonl.gz", tmp_path / "valid.jsonl.gz"
+    valid = write_cuts(tmp_path / "audio", [0.9, 1.3, 0.7, 1.1])
+    features = FeatureConfig(storage="shar", shard_cuts=2, num_jobs=1)
+    save_cuts(write_shards(valid, tmp_path / "shards", features, 0), paths[0])
+    save_cuts(valid, paths[1])
+    settings = ["data.features.storage=shar", "training.max_epochs=2", "data.shar.window=1"]
+    config = experiment(*settings)
+    data = load_train_data(config, *paths, TOKENIZER, None, tmp_path)
+    assert len(data.train_cuts) == 4
+    assert run(data, tmp_path / "out", *settings).reason == "finished"
+    more = experiment(*settings, f"data.more_cuts={{{paths[1]}: 0.5}}")
+    with pytest.raises(UserError, match="cut utt000 lies in no shard; run the features stage with data.features.stor"):
+        load_train_data(more, *paths, TOKENIZER, None, tmp_path)
+    tar = tmp_path / "shards" / "recording.000001.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"shard \S+/shards/recording.000001.tar is truncated: \d+ bytes and no end"):
+        load_train_data(config, *paths, TOKENIZER, None, tmp_path)
+    tar.unlink()
+    with pytest.raises(UserError, match=r"cannot read shard \S+/shards/recording.000001.tar: No such file"):
+        load_train_data(config, *paths, TOKENIZER, None, tmp_path)
 
 
 @pytest.mark.parametrize("key", ["recorded_noise", "reverb"])

@@ -31,6 +31,7 @@ from asr.errors import UserError
 
 SOURCE_TYPE = "shar"
 _BLOCK_BYTES = 4 << 20
+_KEY_LETTERS = 16
 _TAR_END = bytes(1024)
 """A whole tar file ends with two empty blocks."""
 _WAITS_S = (1.0, 10.0)
@@ -263,7 +264,7 @@ def _read_through(file: IO[bytes]) -> None:
 
 
 def _cached(url: str, config: SharConfig) -> Path:
-    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    key = hashlib.sha256(url.encode()).hexdigest()[:_KEY_LETTERS]
     return config.cache_folder / f"{key}-{url.rsplit('/', 1)[-1]}"
 
 
@@ -322,7 +323,7 @@ def _drop_oldest(newest: Path, config: SharConfig) -> None:
 
 
 def _ages(folder: Path) -> Iterator[tuple[int, int, Path]]:
-    for path in folder.glob("[!.]*"):
+    for path in folder.glob(f"{'[0-9a-f]' * _KEY_LETTERS}-*"):  # the folder may hold what is somebody's own
         try:
             status = path.stat()
         except FileNotFoundError:  # another process dropped it

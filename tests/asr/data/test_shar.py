@@ -167,6 +167,7 @@ def test_bits_do_not_depend_on_workers_or_skipping(cuts: PackedCuts) -> None:
             assert_same(load(cuts, other, epoch=3, skip=skip), expected[skip:])
     of_two = [list(train_loader(cuts, TOKENIZER, config, seed=1, epoch=3, rank=rank, size=2)) for rank in (0, 1)]
     assert_same(of_two[0], expected[::2])
+    assert_same(of_two[1][: len(expected) // 2], expected[1::2])
 
 
 def test_each_shard_is_opened_once_and_read_whole(cuts: PackedCuts, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,14 +221,17 @@ def test_the_cache_drops_the_oldest(copy: tuple[Path, PackedCuts], tmp_path: Pat
     config = SharConfig(
         urls={str(place): f"file://{place}"}, cache=str(tmp_path / "cache"), cache_gb=(3 * size + 1) / 1e9
     )
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "own-file.tar").write_bytes(bytes(10 * size))
     for number, name in enumerate(names):
         shar.open_shard(config.place(name), config).close()
         (held,) = (tmp_path / "cache").glob(f"*{os.path.basename(name)}")
         os.utime(held, (number, number))
-    left = sorted(path.name.split("-", 1)[1] for path in (tmp_path / "cache").glob("[!.]*"))
-    assert 3 <= len(left) < 6 and set(left) >= {os.path.basename(name) for name in names[-3:]}
+    left = {path.name.split("-", 1)[1] for path in (tmp_path / "cache").glob("[!.]*-recording*")}
+    assert 3 <= len(left) < 6 and left >= {os.path.basename(name) for name in names[-3:]}
     tight = replace(CONFIG, shar=replace(config, window=2, cache_gb=1e-9), num_workers=2)
     assert_same(load(cuts, tight), load(cuts, CONFIG))
+    assert (tmp_path / "cache" / "own-file.tar").stat().st_size == 10 * size, "what is not a shard stays"
 
 
 def test_object_stores_by_fsspec(copy: tuple[Path, PackedCuts], tmp_path: Path) -> None:

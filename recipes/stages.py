@@ -287,7 +287,9 @@ def run_verify(recipe: Recipe) -> None:
         write_report(report, recipe.path(f"verify/{name}"))
         for one in report.precisions:
             verdict = "as PyTorch" if one.ok else f"FAILS: {one.reason}"
-            print(f"  {name}, {one.precision}: {one.words}, {one.step_ms_median:.1f} ms a chunk, {verdict}", flush=True)
+            print(
+                f"  {name}, {one.precision}: {one.errors}, {one.step_ms_median:.1f} ms a chunk, {verdict}", flush=True
+            )
             failed += [] if one.ok else [f"{name}, {one.precision}: {one.reason}"]
     if failed:
         raise UserError(f"exported files do not hear what the model hears: {'; '.join(failed)}; see EXP/verify")

@@ -1,4 +1,4 @@
-"""``asr latency``: word errors and delays of a model at several chunk sizes."""
+"""``asr latency``: errors and delays of a model at several chunk sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 HELP = (
-    "Decode a cut manifest at several chunk sizes, and print word errors, how late tokens come and how soon there is a"
+    "Decode a cut manifest at several chunk sizes, and print errors, how late tokens come and how soon there is a"
     " first text. Several checkpoints are drawn in one plot, with delays from the alignment of the first."
 )
 

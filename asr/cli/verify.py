@@ -8,7 +8,7 @@ from pathlib import Path
 
 HELP = (
     "Run the files of `asr export` in their real runtime, in a child process, and compare features, encoder output,"
-    " tokens, times and word errors with the model on recordings. Exit code 1 if they part."
+    " tokens, times and errors with the model on recordings. Exit code 1 if they part."
 )
 
 

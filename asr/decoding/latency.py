@@ -1,4 +1,4 @@
-"""What a smaller chunk costs and gains: word errors against delays, for one or several checkpoints."""
+"""What a smaller chunk costs and gains: errors against delays, for one or several checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from asr.decoding.compute_time import chunk_compute_ms
 from asr.decoding.decode import evaluation_mode
 from asr.decoding.greedy import greedy
 from asr.decoding.load import load_for_decoding
-from asr.decoding.score import ErrorCounts, align, count_errors, total, words_of
+from asr.decoding.score import ErrorCounts, ErrorUnit, text_errors, total
 from asr.decoding.search import DecodingConfig
 from asr.decoding.token_delays import Delays, Reference, Spread, align_references, token_delays
 from asr.errors import UserError
@@ -35,14 +35,14 @@ TIMED_UTTERANCES = 5
 class ChunkLatency:
     """What a model does with one chunk size.
 
-    words: errors of the whole set, also of utterances that could not be aligned.
+    counts: errors of the whole set, also of utterances that could not be aligned.
     emission, perceived: see ``Delays``; over the tokens of the reference that were recognised right.
     first_partial: see ``Delays``, plus ``compute_ms``; over the utterances that have a text.
     compute_ms: see ``chunk_compute_ms``.
     """
 
     chunk_ms: Milliseconds
-    words: ErrorCounts
+    counts: ErrorCounts
     emission: Spread
     perceived: Spread
     first_partial: Spread
@@ -63,6 +63,7 @@ class LatencyReport:
     """All checkpoints on one set; delays count from the alignment of the first checkpoint.
 
     aligned, aligned_tokens: the references that have an alignment, and the tokens in them.
+    errors_in: what errors are counted in.
     """
 
     runs: list[LatencyRun]
@@ -70,6 +71,7 @@ class LatencyReport:
     aligned: int
     aligned_tokens: int
     left_context_ms: Milliseconds
+    errors_in: ErrorUnit = "words"
 
 
 def parse_chunks(text: str) -> list[Milliseconds]:
@@ -105,8 +107,8 @@ def measure_checkpoints(
         overrides: as for ``load_for_decoding``; but search, chunk and left context are set here.
 
     Raises:
-        UserError: labels that do not match, different tokenizers, no reference that can be aligned, audio that cannot
-            be read; and what ``load_for_decoding`` raises.
+        UserError: labels that do not match, different tokenizers or ``training.errors_in``, no reference that can be
+            aligned, audio that cannot be read; and what ``load_for_decoding`` raises.
     """
     check_left_context("--left-context-ms", left_context_ms)
     for text in overrides:
@@ -117,6 +119,13 @@ def measure_checkpoints(
     for name, other in zip(names, loaded, strict=True):
         if other.tokenizer != loaded[0].tokenizer:
             raise UserError(f"{names[0]} and {name} have different tokenizers; measure them one by one")
+    units = [one.config.training.errors_in for one in loaded]
+    for name, unit in zip(names, units, strict=True):
+        if unit != units[0]:
+            raise UserError(
+                f"{names[0]} counts errors in {units[0]} and {name} in {unit} (training.errors_in); measure them "
+                "one by one"
+            )
     recordings = [load_samples(cut) for cut in list(cuts)[:TIMED_UTTERANCES]]
     references: dict[str, Reference] | None = None
     runs = []
@@ -129,7 +138,7 @@ def measure_checkpoints(
         runs.append(LatencyRun(name, path, rows))
     assert references is not None
     tokens = sum(len(reference.tokens) for reference in references.values())
-    return LatencyReport(runs, len(cuts), len(references), tokens, left_context_ms)
+    return LatencyReport(runs, len(cuts), len(references), tokens, left_context_ms, units[0])
 
 
 def label_checkpoints(checkpoints: Sequence[Path], labels: Sequence[str]) -> list[str]:
@@ -173,7 +182,7 @@ def measure_latency(
         model: a transducer on ``device``; it is left in the mode that it came in.
         tokenizer: of the model.
         cuts: with references. One that the tokenizer cannot spell, or with more tokens than frames, has no delays.
-        config: ``data`` and ``loss.topology`` are used.
+        config: ``data``, ``loss.topology`` and ``training.errors_in`` are used.
         decodings: one for each chunk; greedy search.
         device: where the model is.
         recordings: for ``chunk_compute_ms``; without any, computing takes no time.
@@ -189,6 +198,7 @@ def measure_latency(
     found: list[list[Delays]] = [[] for _ in decodings]
     errors: list[list[ErrorCounts]] = [[] for _ in decodings]
     known = {} if references is None else references
+    unit = config.training.errors_in
     loader = eval_loader(cuts, None, config.data, max_duration_s=decodings[0].batch_duration_s)
     with evaluation_mode(model):
         for batch in loader:
@@ -206,7 +216,7 @@ def measure_latency(
                 for cut_id, text, one, duration_s in zip(
                     batch.cut_ids, batch.texts, hypotheses, batch.durations_s, strict=True
                 ):
-                    counts.append(count_errors(align(words_of(text), words_of(tokenizer.decode(one.tokens)))))
+                    counts.append(text_errors([text], [tokenizer.decode(one.tokens)], unit))
                     if cut_id in known:
                         delays.append(token_delays(known[cut_id], one, tokenizer, decoding.chunk_ms, duration_s))
         if not known:
@@ -221,11 +231,11 @@ def measure_latency(
     return rows, known
 
 
-def _row(chunk_ms: Milliseconds, delays: Sequence[Delays], words: ErrorCounts, compute_ms: float) -> ChunkLatency:
+def _row(chunk_ms: Milliseconds, delays: Sequence[Delays], counts: ErrorCounts, compute_ms: float) -> ChunkLatency:
     first = [one.first_partial for one in delays if one.first_partial is not None]
     return ChunkLatency(
         chunk_ms,
-        words,
+        counts,
         Spread.of([delay for one in delays for delay in one.emission]),
         Spread.of([delay for one in delays for delay in one.perceived]),
         Spread.of(first).later(compute_ms),

@@ -1,4 +1,4 @@
-"""The files of ``asr latency``: a table, the same for programs, and word errors drawn against delays."""
+"""The files of ``asr latency``: a table, the same for programs, and errors drawn against delays."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from asr.decoding.fonts import drawable, families
 from asr.decoding.latency import ChunkLatency, LatencyReport
+from asr.decoding.score import rate_name
 from asr.decoding.token_delays import Spread
 
-COLUMNS = ["model", "chunk", "WER", "tokens", "emission", "perceived", "first text", "compute"]
-LEFT = ("model", "WER")
+COLUMNS = ["tokens", "emission", "perceived", "first text", "compute"]
+LEFT = ("model", "WER", "CER")
 """Columns of words, which begin at the left; numbers end at the right."""
 
 
 def latency_table(report: LatencyReport) -> str:
     """A Markdown table, aligned so that it can be read as it is; without a line end at its end."""
-    rows = [COLUMNS]
+    rows = [["model", "chunk", rate_name(report.errors_in), *COLUMNS]]
     for run in report.runs:
         for one in run.rows:
             emission = _times(one.emission.mean, one.emission.median, one.emission.p90)
             perceived = _times(one.perceived.mean, one.perceived.median, one.perceived.p90)
             first = _times(one.first_partial.mean, one.first_partial.median, one.first_partial.p90)
-            cells = [run.label.replace("|", "\\|"), str(one.chunk_ms), str(one.words), str(one.emission.count)]
+            cells = [run.label.replace("|", "\\|"), str(one.chunk_ms), str(one.counts), str(one.emission.count)]
             rows.append([*cells, emission, perceived, first, f"{one.compute_ms:.1f}"])
     return aligned_table(rows, LEFT)
 
@@ -89,8 +90,8 @@ def latency_to_dict(report: LatencyReport, device: str) -> dict[str, Any]:
     def described(row: ChunkLatency) -> dict[str, Any]:
         return {
             "chunk_ms": row.chunk_ms,
-            "wer": number(row.words.rate),
-            "words": asdict(row.words),
+            rate_name(report.errors_in).lower(): number(row.counts.rate),
+            report.errors_in: asdict(row.counts),
             "right_tokens": row.emission.count,
             "emission_delay_ms": spread(row.emission),
             "perceived_delay_ms": spread(row.perceived),
@@ -100,6 +101,7 @@ def latency_to_dict(report: LatencyReport, device: str) -> dict[str, Any]:
         }
 
     return {
+        "errors_in": report.errors_in,
         "utterances": report.utterances,
         "aligned_utterances": report.aligned,
         "aligned_tokens": report.aligned_tokens,
@@ -114,7 +116,7 @@ def latency_to_dict(report: LatencyReport, device: str) -> dict[str, Any]:
 
 
 def latency_figure(report: LatencyReport) -> Figure:
-    """Word errors against the mean emission delay, and against the mean perceived delay; a line for each checkpoint.
+    """Errors against the mean emission delay, and against the mean perceived delay; a line for each checkpoint.
 
     Drawn through matplotlib's objects, as ``emission_figure``.
     """
@@ -122,7 +124,7 @@ def latency_figure(report: LatencyReport) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     for axes, name in zip(panels, ("emission", "perceived"), strict=True):
         for i, run in enumerate(report.runs):
-            points = [(getattr(row, name).mean, 100 * row.words.rate, row.chunk_ms) for row in run.rows]
+            points = [(getattr(row, name).mean, 100 * row.counts.rate, row.chunk_ms) for row in run.rows]
             points = [point for point in points if all(math.isfinite(value) for value in point[:2])]
             colour = f"C{i % 10}"
             x, y = [point[0] for point in points], [point[1] for point in points]
@@ -139,7 +141,7 @@ def latency_figure(report: LatencyReport) -> Figure:
         panels[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panels[1].xaxis.set_major_formatter("{x:g}")
         panels[1].xaxis.set_minor_formatter(NullFormatter())
-    panels[0].set_ylabel("WER, %")
+    panels[0].set_ylabel(f"{rate_name(report.errors_in)}, %")
     # parse_math: a dollar sign in a label must not start mathematical text
     labels = [drawable(run.label) for run in report.runs]
     legend = panels[1].legend(panels[1].get_lines(), labels, fontsize="small")

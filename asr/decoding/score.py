@@ -136,6 +136,11 @@ def rate_name(errors_in: str) -> str:
     return "CER" if errors_in == "characters" else "WER"
 
 
+def errors_name(errors_in: str) -> str:
+    """word errors or character errors."""
+    return "character errors" if errors_in == "characters" else "word errors"
+
+
 def align(ref: Sequence[str], hyp: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs (reference, hypothesis) of least edit distance; ``NO_WORD`` for the missing side of an edit."""
     return [(str(r), str(h)) for r, h in kaldialign.align(list(ref), list(hyp), NO_WORD)]
@@ -159,13 +164,14 @@ def total(counts: Iterable[ErrorCounts]) -> ErrorCounts:
     return ErrorCounts(*(sum(column) for column in zip(*rows, strict=True))) if rows else ErrorCounts(0, 0, 0, 0)
 
 
-def word_errors(refs: Iterable[str], hyps: Iterable[str]) -> ErrorCounts:
+def text_errors(refs: Iterable[str], hyps: Iterable[str], errors_in: ErrorUnit = "words") -> ErrorCounts:
     """Of texts and what was heard of them, all together.
 
     Raises:
         ValueError: not as many of the ones as of the others.
     """
-    return total(count_errors(align(words_of(ref), words_of(hyp))) for ref, hyp in zip(refs, hyps, strict=True))
+    pairs = zip(refs, hyps, strict=True)
+    return total(count_errors(align(units_of(ref, errors_in), units_of(hyp, errors_in))) for ref, hyp in pairs)
 
 
 def score(

@@ -24,8 +24,8 @@ class ExportConfig:
         chunk_ms: what a file hears at a time, each in a folder of its own: multiples of 40 ms for streams, full for
             whole utterances.
         left_context_ms: how far a streaming file hears back beyond its chunk, at least 40 ms.
-        max_wer_increase: how much more of the reference words, in percent, int8 may get wrong on the development set
-            before layers stay in float, and at most in verification.
+        max_wer_increase: how much more of the reference words (characters with training.errors_in), in percent, int8
+            may get wrong on the development set before layers stay in float, and at most in verification.
     """
 
     targets: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Weights of 8 bits, layer by layer: those that do most harm stay in float until word errors hold.
+"""Weights of 8 bits, layer by layer: those that do most harm stay in float until errors hold.
 
 What each weight matrix costs is measured on recordings with texts, by a ``Development`` of the target: that of
 ``onnx_int8`` runs the files themselves, that of ``executorch_int8`` the model with the same rounding.
@@ -18,7 +18,7 @@ import numpy as np
 
 from asr.checkpoint import Loaded
 from asr.data.features import load_samples
-from asr.decoding.score import ErrorCounts, word_errors
+from asr.decoding.score import ErrorCounts, ErrorUnit, errors_name, rate_name, text_errors
 from asr.errors import UserError
 from asr.export.eager import pad_for_devices
 from asr.export.spec import Spec
@@ -28,7 +28,7 @@ QUANTIZED = ("encoder", "joiner")
 """Parts whose matrices may be int8; the predictor of a stateless model is a lookup and one small product."""
 MOST_UTTERANCES = 200
 SCAN_UTTERANCES = 16
-"""Of the development set: for word errors, and for the harm of single layers."""
+"""Of the development set: for errors, and for the harm of single layers."""
 
 
 @dataclass
@@ -58,17 +58,19 @@ class Choice:
     """What was tried and chosen; int8.json.
 
     Args:
-        utterances: of the development set, that word errors are of.
+        utterances: of the development set, that errors are of.
         scanned: those among them that harm is measured on.
-        float_wer: percent, of the float files.
-        tries: for each number of layers that stayed in float, the worst ones first, the word error rate in percent.
+        float_rate: error rate of the float files, in percent; "float_wer" or "float_cer" in the file.
+        errors_in: what errors are counted in.
+        tries: for each number of layers that stayed in float, the worst ones first, the error rate in percent.
         layers: all matrices, the most harmful first.
     """
 
     utterances: int
     scanned: int
     max_wer_increase: float
-    float_wer: float
+    float_rate: float
+    errors_in: ErrorUnit = "words"
     tries: dict[int, float] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
 
@@ -83,7 +85,9 @@ class Choice:
 
     def save(self, folder: Path) -> None:
         """Writes int8.json."""
-        (folder / TABLE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        name = f"float_{rate_name(self.errors_in).lower()}"
+        described = {name if key == "float_rate" else key: value for key, value in asdict(self).items()}
+        (folder / TABLE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
     def table(self, rows: int = 8) -> str:
         """The most harmful layers, for a terminal."""
@@ -113,6 +117,7 @@ class Development(ABC):
         self.waveforms = [pad_for_devices(load_samples(cut), spec.chunk_ms) for cut in cuts[::step]]
         self.scanned = min(SCAN_UTTERANCES, len(self.texts))
         self._tokenizer = loaded.tokenizer
+        self.errors_in = loaded.config.training.errors_in
 
     @abstractmethod
     def hear(self, int8: Sequence[Layer]) -> list[list[int]]:
@@ -128,8 +133,8 @@ class Development(ABC):
         return self.log_probs([])
 
     def errors(self, int8: Sequence[Layer]) -> ErrorCounts:
-        """Word errors with these layers in int8."""
-        return word_errors(self.texts, [self._tokenizer.decode(tokens) for tokens in self.hear(int8)])
+        """Errors with these layers in int8, in words or in characters (``errors_in``)."""
+        return text_errors(self.texts, [self._tokenizer.decode(tokens) for tokens in self.hear(int8)], self.errors_in)
 
     def harm(self, layer: Layer) -> float:
         """Divergence from float, nats a frame, with this layer alone in int8."""
@@ -140,12 +145,12 @@ class Development(ABC):
 def choose_int8(
     development: Development, layers: Sequence[Layer], max_wer_increase: float, say: Callable[[str], None] = print
 ) -> Choice:
-    """As many layers in int8 as word errors allow.
+    """As many layers in int8 as errors allow.
 
     Args:
         development: of the target.
         layers: all that may be int8.
-        max_wer_increase: how many percent more of the development set's words may be wrong.
+        max_wer_increase: how many percent more of the development set's words or characters may be wrong.
 
     Raises:
         UserError: no layer can be int8 within the limit.
@@ -153,16 +158,18 @@ def choose_int8(
     layers = list(layers)
     float_errors = development.errors([])
     most = float_errors.rate + max_wer_increase / 100
-    words = f"{len(development.texts)} recordings: {float_errors}"
-    say(f"int8: {len(layers)} layers one by one on {development.scanned} recordings; word errors on {words}")
+    errors_are = errors_name(development.errors_in)
+    found = f"{errors_are} on {len(development.texts)} recordings: {float_errors}"
+    say(f"int8: {len(layers)} layers one by one on {development.scanned} recordings; {found}")
     for layer in layers:
         layer.harm = development.harm(layer)
     layers.sort(key=lambda layer: -layer.harm)
     counts = len(development.texts), development.scanned
-    choice = Choice(*counts, max_wer_increase, round(100 * float_errors.rate, 3), layers=layers)
+    rate = round(100 * float_errors.rate, 3)
+    choice = Choice(*counts, max_wer_increase, rate, development.errors_in, layers=layers)
 
     def holds(left: int) -> bool:
-        """Whether word errors are within the limit with the ``left`` most harmful layers in float."""
+        """Whether errors are within the limit with the ``left`` most harmful layers in float."""
         errors = development.errors(layers[left:])
         choice.tries[left] = round(100 * errors.rate, 3)
         say(f"int8: {left} of {len(layers)} layers in float: {errors}")
@@ -173,7 +180,7 @@ def choose_int8(
         low, left, step = left, min(left + step, len(layers)), 2 * step
         if left == len(layers):
             raise UserError(
-                f"no layer can be int8: word errors rise by more than export.max_wer_increase={max_wer_increase}; "
+                f"no layer can be int8: {errors_are} rise by more than export.max_wer_increase={max_wer_increase}; "
                 "export fp32, or allow more"
             )
     while left - low > 1:  # fewer may do

@@ -1,4 +1,4 @@
-"""verify.json and verify.html: sizes, speed, memory, word errors and differences of an export."""
+"""verify.json and verify.html: sizes, speed, memory, errors and differences of an export."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import html
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from asr.atomic import write_whole
+from asr.decoding.score import ErrorUnit, errors_name, rate_name
 from asr.export.verify import PrecisionReport, Report
 
 STYLE = """
@@ -18,13 +20,14 @@ th { text-align: left; font-weight: 600 } td { text-align: right; font-variant-n
 """
 
 
-def rows(one: PrecisionReport, audio_s: float) -> list[tuple[str, str]]:
+def rows(one: PrecisionReport, audio_s: float, errors_in: ErrorUnit = "words") -> list[tuple[str, str]]:
     """What a report says of one precision, by name."""
+    errors = errors_name(errors_in)
     found = [
         ("runtime", f"{one.runtime} {one.runtime_version}"),
         ("size", f"{one.bytes / 1e6:.2f} MB"),
-        ("word errors", one.words),
-        ("word errors of PyTorch", f"{one.eager_wer_percent:.2f}%"),
+        (errors, one.errors),
+        (f"{errors} of PyTorch", f"{one.eager_error_percent:.2f}%"),
         *((f"same tokens and times: {name}", value) for name, value in one.same_tokens.items()),
         *(
             (
@@ -43,22 +46,38 @@ def rows(one: PrecisionReport, audio_s: float) -> list[tuple[str, str]]:
     return found
 
 
+def _rows_of(report: Report, one: PrecisionReport) -> list[tuple[str, str]]:
+    return rows(one, report.seconds_of_audio, report.errors_in)
+
+
 def summary(report: Report) -> str:
     """Text for a terminal, without a line end at its end."""
     lines = []
     for one in report.precisions:
         lines.append(f"{one.precision}: {'holds' if one.ok else 'FAILS: ' + one.reason}")
-        lines += [f"  {name}: {value}" for name, value in rows(one, report.seconds_of_audio)]
+        lines += [f"  {name}: {value}" for name, value in _rows_of(report, one)]
     return "\n".join(lines)
 
 
 def write_report(report: Report, folder: Path) -> None:
     """Writes verify.json and verify.html into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**asdict(report), "ok": report.ok}, indent=1) + "\n"
+    text = json.dumps(_described(report), indent=1) + "\n"
     write_whole(folder / "verify.json", lambda file: file.write(text.encode()))
     page = _page(report)
     write_whole(folder / "verify.html", lambda file: file.write(page.encode()))
+
+
+def _described(report: Report) -> dict[str, Any]:
+    """For JSON: errors and their rates go by the name of what is counted."""
+    rate = rate_name(report.errors_in).lower()
+    names = {"errors": report.errors_in, "error_percent": f"{rate}_percent"}
+    names["eager_error_percent"] = f"eager_{rate}_percent"
+    described = asdict(report)
+    described["precisions"] = [
+        {names.get(name, name): value for name, value in one.items()} for one in described["precisions"]
+    ]
+    return {**described, "ok": report.ok}
 
 
 def _page(report: Report) -> str:
@@ -71,13 +90,13 @@ def _page(report: Report) -> str:
         f"<code>{html.escape(Path(manifest['checkpoint']).name)}</code> "
         f"(sha256 {manifest['checkpoint_sha256'][:12]}); {report.threads} thread of the runtime.</p>",
     ]
-    names = list(dict.fromkeys(name for one in report.precisions for name, _ in rows(one, report.seconds_of_audio)))
+    names = list(dict.fromkeys(name for one in report.precisions for name, _ in _rows_of(report, one)))
     parts.append("<table><tr><th></th>" + "".join(f"<th>{one.precision}</th>" for one in report.precisions))
     verdicts = (
         f"<td class={'ok' if one.ok else 'bad'}>{'holds' if one.ok else 'fails'}</td>" for one in report.precisions
     )
     parts.append("<tr><th>verdict</th>" + "".join(verdicts))
-    values = [dict(rows(one, report.seconds_of_audio)) for one in report.precisions]
+    values = [dict(_rows_of(report, one)) for one in report.precisions]
     for name in names:
         cells = "".join(f"<td>{html.escape(value.get(name, ''))}</td>" for value in values)
         parts.append(f"<tr><th>{html.escape(name)}</th>{cells}")

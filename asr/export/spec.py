@@ -22,7 +22,7 @@ class Spec:
         left_context_ms: of streams.
         precisions: fp32, int8.
         development: recordings with texts on which int8 is chosen, layer by layer; None where there is no int8.
-        max_wer_increase: of int8 on them, in percent.
+        max_wer_increase: of int8 on them, in percent; of characters with ``training.errors_in``.
     """
 
     chunk_ms: Milliseconds

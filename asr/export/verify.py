@@ -16,7 +16,7 @@ import numpy as np
 from asr.checkpoint import Loaded
 from asr.data.fbank import Fbank
 from asr.data.features import load_samples
-from asr.decoding.score import word_errors
+from asr.decoding.score import ErrorUnit, errors_name, text_errors
 from asr.errors import UserError
 from asr.export import find_target
 from asr.export.folder import Manifest, sha256_of
@@ -67,7 +67,8 @@ class PrecisionReport:
     """One precision of one export in its runtime.
 
     Resident memory in MiB is that with the runtime imported and the recordings read (``runtime_mib``), after loading,
-    and at most until all recordings were heard one after another (``alone_mib``) and in all trials.
+    and at most until all recordings were heard one after another (``alone_mib``) and in all trials. ``errors``, also as
+    percent of the reference, are in the unit of the ``Report``.
     """
 
     precision: str
@@ -77,9 +78,9 @@ class PrecisionReport:
     runtime_version: str
     bytes: int
     utterances: int
-    words: str
-    wer_percent: float
-    eager_wer_percent: float
+    errors: str
+    error_percent: float
+    eager_error_percent: float
     same_tokens: dict[str, str]
     differences: list[str]
     tensors: list[TensorDifference]
@@ -95,12 +96,13 @@ class PrecisionReport:
 
 @dataclass
 class Report:
-    """What ``verify`` found; verify.json."""
+    """What ``verify`` found; ``errors_in``: the unit of errors."""
 
     folder: str
     manifest: dict[str, Any]
     seconds_of_audio: float
     threads: int
+    errors_in: ErrorUnit = "words"
     precisions: list[PrecisionReport] = field(default_factory=list)
 
     @property
@@ -126,7 +128,8 @@ def verify(
     """Compares the files of a folder, in their runtime, with the model on recordings.
 
     fp32 must give the model's tokens and their frames in every trial; int8 at most ``max_wer_increase`` percent more
-    errors of the reference words than the model, and the same tokens however the samples of a stream are divided.
+    errors of the reference words (characters with ``training.errors_in``) than the model, and the same tokens however
+    the samples of a stream are divided.
 
     Args:
         loaded: the model that was exported, on the CPU and in evaluation mode.
@@ -156,7 +159,7 @@ def verify(
     expected = Expected(loaded, trials, manifest.chunk_ms, left)
     texts = [" ".join(part.text for part in cut.supervisions) for cut in chosen]
     audio_s = sum(len(one) for one in samples) / 16000
-    report = Report(str(folder), asdict(manifest), round(audio_s, 2), threads)
+    report = Report(str(folder), asdict(manifest), round(audio_s, 2), threads, loaded.config.training.errors_in)
     for precision, files in manifest.files.items():
         options = {"threads": threads, "num_mel_bins": manifest.num_mel_bins, "files": files}
         found, tensors = run_child(adapter, folder, precision, options, trials, python)
@@ -248,11 +251,11 @@ def _judge(
                         Difference(name, trials.names[number], tokens, frames, one["tokens"], one["frames"])
                     )
         same[name] = f"{equal}/{count}"
-    tokenizer = loaded.tokenizer
+    tokenizer, unit = loaded.tokenizer, loaded.config.training.errors_in
     numbers = range(len(texts))
     heard_tokens = [expected.of([number])[0].tokens for number in numbers]
-    counts = word_errors(texts, [tokenizer.decode(alone[number]["tokens"]) for number in numbers])
-    eager = word_errors(texts, [tokenizer.decode(tokens) for tokens in heard_tokens])
+    counts = text_errors(texts, [tokenizer.decode(alone[number]["tokens"]) for number in numbers], unit)
+    eager = text_errors(texts, [tokenizer.decode(tokens) for tokens in heard_tokens], unit)
     increase = 100 * (counts.rate - eager.rate)
     reason = ""
     if not any(heard_tokens):
@@ -261,7 +264,7 @@ def _judge(
         reason = f"{len(differences)} results differ; first: {differences[0]}"
     elif increase > max_wer_increase:
         rise = f"{increase:.2f}, from {100 * eager.rate:.2f} to {100 * counts.rate:.2f}%"
-        reason = f"word errors rise by {rise}; the limit is {max_wer_increase}"
+        reason = f"{errors_name(unit)} rise by {rise}; the limit is {max_wer_increase}"
     milliseconds = 1e3 * np.array(found["trials"]["alone"]["seconds"] or [0.0])
     memory = found["memory_mib"]
     return PrecisionReport(
@@ -272,9 +275,9 @@ def _judge(
         runtime_version=found["version"],
         bytes=0,
         utterances=len(texts),
-        words=str(counts),
-        wer_percent=100 * counts.rate,  # rounded twice, 1.2554 would be shown as 1.25
-        eager_wer_percent=100 * eager.rate,
+        errors=str(counts),
+        error_percent=100 * counts.rate,  # rounded twice, 1.2554 would be shown as 1.25
+        eager_error_percent=100 * eager.rate,
         same_tokens=same,
         differences=[str(one) for one in differences[:10]],
         tensors=_compare_tensors(tensors, trials, expected, loaded),

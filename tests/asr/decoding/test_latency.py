@@ -14,7 +14,7 @@ from lhotse import CutSet
 
 from asr import checkpoint
 from asr.cli.main import main
-from asr.config import load_experiment
+from asr.config import Experiment, load_experiment
 from asr.data.features import num_feature_frames
 from asr.data.tokenizer import Tokenizer
 from asr.decoding.compute_time import chunk_compute_ms
@@ -73,7 +73,7 @@ def test_a_model_with_known_emissions(cuts):
     }
     assert [row.chunk_ms for row in rows] == [160, 320, "full"]
     for row in rows:
-        assert (row.words.errors, row.words.ref_length) == (1, 3)
+        assert (row.counts.errors, row.counts.ref_length) == (1, 3)
         assert row.emission.count == row.perceived.count == 5
         assert row.compute_ms == 0.0
     assert [row.emission.mean for row in rows] == [80.0, 40.0, 0.0]
@@ -105,7 +105,7 @@ def test_references_that_cannot_be_aligned(cuts):
     some = texts(cuts, dict(zip([cut.id for cut in cuts], ["ab", "UNKNOWN", ""], strict=True)))
     [row], references = measure_latency(model, tokenizer(), some, config(), decodings(160))
     assert set(references) == {cuts[0].id} and row.emission.count == 2
-    assert (row.words.errors, row.words.ref_length) == (2, 2)  # scored all the same
+    assert (row.counts.errors, row.counts.ref_length) == (2, 2)  # scored all the same
     none = texts(cuts, dict.fromkeys((cut.id for cut in cuts), "UNKNOWN"))
     with pytest.raises(UserError, match="no reference can be aligned"):
         measure_latency(model, tokenizer(), none, config(), decodings(160))
@@ -189,6 +189,42 @@ def test_the_command(folder, capsys):
         assert by_chunk[160]["wer"] == pytest.approx(score(streamed).words.rate)
         first, sooner = by_chunk[160]["first_partial_ms"], by_chunk[160]["first_partial_algorithmic_ms"]
         assert first["mean"] - sooner["mean"] == pytest.approx(by_chunk[160]["compute_ms"])
+
+
+def characters(experiment: Experiment) -> Experiment:
+    return replace(experiment, training=replace(experiment.training, errors_in="characters"))
+
+
+def test_texts_without_spaces_are_counted_in_characters(cuts, tmp_path):
+    """Of 你好, 你吗吗 and 吗 the model hears all but the last, as 好."""
+    words = Tokenizer("char", ["<blk>", "你", "好", "吗"])
+    script = {67: [(1, 2), (2, 5)], 163: [(1, 4), (3, 10), (3, 16)], 131: [(2, 8)]}
+    model = ScriptedTransducer(dict(zip(frames_of(cuts), script.values(), strict=True)))
+    named = texts(cuts, dict(zip([cut.id for cut in cuts], ["你好", "你吗吗", "吗"], strict=True)))
+    [row], _ = measure_latency(model, words, named, characters(config()), decodings(160))
+    assert row.counts == ErrorCounts(0, 0, 1, 6)
+    shown = LatencyReport([LatencyRun("one", Path("one.pt"), [row])], 3, 3, 6, 5120, "characters")
+    table = latency_table(shown)
+    assert "CER" in table and "WER" not in table and str(row.counts) in table
+    described = latency_to_dict(shown, "cpu")
+    assert described["errors_in"] == "characters"
+    chunk = described["runs"][0]["chunks"][0]
+    assert chunk["cer"] == pytest.approx(1 / 6) and chunk["characters"]["substitutions"] == 1
+    assert "wer" not in chunk and "words" not in chunk
+    assert latency_figure(shown).axes[0].get_ylabel() == "CER, %"
+
+
+def test_checkpoints_that_count_in_different_units(folder, capsys, tmp_path):
+    found = checkpoint.load(folder / "one" / "train" / "average.pt", "cpu")
+    payload = checkpoint.make_payload(
+        found.model.state_dict(), characters(found.config), found.tokenizer, step=1, epoch=1
+    )
+    checkpoint.atomic_save(payload, tmp_path / "two.pt")
+    assert main(command(folder, "--checkpoint", str(tmp_path / "two.pt"), "--label", "one", "--label", "two")) == 2
+    assert "one counts errors in words and two in characters" in capsys.readouterr().err
+    alone = ["latency", "--checkpoint", str(tmp_path / "two.pt"), "--cuts", str(folder / "cuts_test.jsonl.gz")]
+    assert main([*alone, "--device", "cpu", "--chunks", "160", "--out-dir", str(tmp_path / "out")]) == 0
+    assert "| CER" in capsys.readouterr().out and "CER" in (tmp_path / "out" / "latency.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,11 @@ def cuts(cuts_file: Path) -> CutSet:
 
 @pytest.fixture(scope="session")
 def heard(loaded: Loaded, cuts: CutSet) -> CutSet:
-    """The recordings with what the float model hears as their texts: its word errors are 0."""
+    return with_heard_texts(loaded, cuts)
+
+
+def with_heard_texts(loaded: Loaded, cuts: CutSet) -> CutSet:
+    """The recordings with what the float model hears as their texts: its errors are 0."""
     found = []
     for cut in cuts:
         parts = [pad_for_devices(load_samples(cut), 320)]

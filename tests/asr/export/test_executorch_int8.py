@@ -72,7 +72,7 @@ def test_the_worst_layer_stays_in_float(loaded: Loaded, heard: CutSet, monkeypat
     monkeypatch.setattr(executorch_int8, "rounded_weight", spoiling)
     development = ModelDevelopment(loaded, Spec(320, 640, ("int8",), heard, 20.0))
     choice = choose_int8(development, layers(loaded), 20.0)
-    assert choice.float_wer == 0.0 and choice.tries[0] > 20.0 >= choice.tries[1]
+    assert choice.float_rate == 0.0 and choice.tries[0] > 20.0 >= choice.tries[1]
     assert choice.float_layers == [SPOILT] == [choice.layers[0].name]
     assert SPOILT not in choice.int8_nodes("encoder") and "joiner_proj" in choice.int8_nodes("encoder")
     assert choice.int8_nodes("joiner") == ["joiner.out"]

@@ -10,12 +10,17 @@ import pytest
 import torch
 from lhotse import CutSet
 
+from asr import checkpoint
 from asr.checkpoint import Loaded
+from asr.data.tokenizer import Tokenizer
+from asr.decoding.load import load_for_decoding
 from asr.errors import UserError
 from asr.export.export import export
 from asr.export.folder import Manifest
+from asr.export.report import summary, write_report
 from asr.export.spec import Spec
 from asr.export.verify import verify
+from tests.asr.export.conftest import with_heard_texts
 
 onnx = pytest.importorskip("onnx", reason="pip install 'transducer-asr[export]'")
 pytest.importorskip("onnxruntime", reason="pip install 'transducer-asr[export]'")
@@ -40,7 +45,7 @@ def test_files_in_int8(loaded: Loaded, trained: Path, heard: CutSet, tmp_path: P
     assert sizes[0] - sizes[1] > 2 * weights  # 3 of 4 bytes, less scales
     report = verify(loaded, trained, tmp_path, heard, max_wer_increase=100.0)
     assert [one.precision for one in report.precisions] == ["fp32", "int8"] and report.ok
-    assert report.precisions[0].wer_percent == 0.0
+    assert report.precisions[0].error_percent == 0.0
     inside = {tensor.name: tensor.largest for tensor in report.precisions[1].tensors}
     assert inside["encoder_out"] > 1e-4  # it is not float
 
@@ -131,3 +136,48 @@ def test_the_limit_is_held_in_verification(
     report = verify(loaded, trained, tmp_path, heard, max_wer_increase=0.3)
     whole, small = report.precisions
     assert whole.ok and not small.ok and "word errors rise by" in small.reason and "the limit is 0.3" in small.reason
+
+
+def test_texts_without_spaces_are_counted_in_characters(
+    trained: Path, cuts: CutSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = checkpoint.load(trained, "cpu")
+    config = dataclasses.replace(
+        found.config, training=dataclasses.replace(found.config.training, errors_in="characters")
+    )
+    path = tmp_path / "characters.pt"
+    tokens = Tokenizer("char", ["<blk>", "你", "好", "吗", "们"])
+    checkpoint.atomic_save(checkpoint.make_payload(found.model.state_dict(), config, tokens, step=7, epoch=1), path)
+    loaded = load_for_decoding(path, "cpu")
+    chinese = list(with_heard_texts(loaded, cuts))
+    text = chinese[0].supervisions[0].text
+    wrong = dataclasses.replace(chinese[0].supervisions[0], text="那" + text[1:])
+    chinese[0] = dataclasses.replace(chinese[0], supervisions=[wrong])
+    cuts = CutSet.from_cuts(chinese)
+    length = sum(len(cut.supervisions[0].text) for cut in cuts)
+    assert length > 2 * len(cuts)
+    out = tmp_path / "out"
+    export(loaded, path, "onnx", out, spec(cuts))
+    assert "character errors on" in capsys.readouterr().out
+    table = json.loads((out / "int8.json").read_text())
+    assert table["errors_in"] == "characters" and "float_wer" not in table
+    assert table["float_cer"] == pytest.approx(100 / length, abs=0.01)
+    report = verify(loaded, path, out, cuts, max_wer_increase=100.0)
+    assert report.ok and report.precisions[0].error_percent == pytest.approx(100 / length)
+    assert "character errors of PyTorch" in summary(report) and "word errors" not in summary(report)
+    write_report(report, tmp_path)
+    described = json.loads((tmp_path / "verify.json").read_text())
+    assert described["errors_in"] == "characters"
+    one = described["precisions"][0]
+    assert one["cer_percent"] == one["eager_cer_percent"] == report.precisions[0].error_percent
+    assert one["characters"] == report.precisions[0].errors and "words" not in one and "wer_percent" not in one
+    page = (tmp_path / "verify.html").read_text()
+    assert "character errors" in page and "word errors" not in page
+    # a limit of characters: the joiner's signs are turned in int8
+    spoil = onnx.load(out / "joiner.int8.onnx")
+    for entry in spoil.graph.initializer:
+        if entry.name.endswith("_scale"):
+            entry.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(entry), entry.name))
+    onnx.save(spoil, out / "joiner.int8.onnx")
+    small = verify(loaded, path, out, cuts, max_wer_increase=0.3).precisions[1]
+    assert not small.ok and "character errors rise by" in small.reason

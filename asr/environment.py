@@ -81,6 +81,8 @@ def optional_parts() -> list[OptionalPart]:
                      f"pip install '{own}[export]'"),
         OptionalPart("executorch", "executorch", "import executorch.exir", "asr export: ExecuTorch programs",
                      f"pip install '{own}[executorch]'"),
+        OptionalPart("dask", "distributed", "import distributed", "--dask of recipes: features on many machines",
+                     f"pip install '{own}[dask]'"),
         OptionalPart("sounddevice", "sounddevice", "import sounddevice", "asr transcribe --mic: text of a microphone",
                      f"pip install '{own}[mic]'   (and the PortAudio library: apt-get install libportaudio2)"),
     ]  # fmt: skip

@@ -141,6 +141,9 @@ def make_parser(corpus: str) -> Parser:
     add("--decode-chunks", metavar="LIST", help=text)
     add("--strict", action="store_true", help="stop at the first list of bad rows instead of leaving them out")
     add("--num-jobs", type=int, default=2, metavar="N", help="processes that prepare audio and features")
+    text = "compute features on the workers of this Dask scheduler instead, like tcp://host:8786; they need this "
+    text += "package and all folders under the same names (pip install 'transducer-asr[dask]')"
+    add("--dask", metavar="ADDRESS", help=text)
     add_corpus_options(parser, CORPORA[corpus].Options)
     return parser
 

@@ -23,6 +23,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from asr.cli.guard import stopped_by_sigterm
 from asr.config import Experiment, load_experiment, to_dict
 from asr.data.augmentation import check_recordings
 from asr.data.bad_rows import BadRow, report_bad_rows
+from asr.data.dask_cluster import check_dask, dask_executor
 from asr.data.manifests import load_cuts, save_cuts
 from asr.device import resolve_device
 from asr.errors import Terminated, UserError
@@ -73,6 +75,7 @@ class Recipe:
     device: str
     num_jobs: int
     command: str
+    dask: str | None = None
     num_processes: int = 1
     nodes: Nodes = Nodes()
     chunks: Sequence[Milliseconds] = ("full",)
@@ -136,19 +139,20 @@ def run_features(recipe: Recipe) -> None:
     config = recipe.experiment.data
     bad: list[BadRow] = []
     total = 0
-    for split in recipe.options.splits:
-        cuts = recipe.cuts(split, features=False)
-        total += len(cuts)
-        if config.features.storage == "stored":
-            augment = config.augment if split == "train" else None
-            out = recipe.path(f"data/features/{split}")
-            seed = recipe.data_seed
-            cuts = compute_features(cuts, out, config.features, augment, seed, recipe.num_jobs, bad_rows=bad)
-        elif config.features.storage == "shar" and split == "train":
-            out = recipe.path("data/features/train")
-            cuts = write_shards(cuts, out, config.features, recipe.data_seed, recipe.num_jobs, bad_rows=bad)
-        save_cuts(cuts, recipe.path(f"data/features/cuts_{split}.jsonl.gz"))
-        print(f"  {split}: {len(cuts)} cuts", flush=True)
+    with nullcontext() if recipe.dask is None else dask_executor(recipe.dask) as executor:
+        for split in recipe.options.splits:
+            cuts = recipe.cuts(split, features=False)
+            total += len(cuts)
+            out, jobs, seed = recipe.path(f"data/features/{split}"), recipe.num_jobs, recipe.data_seed
+            if config.features.storage == "stored":
+                augment = config.augment if split == "train" else None
+                cuts = compute_features(
+                    cuts, out, config.features, augment, seed, jobs, bad_rows=bad, executor=executor
+                )
+            elif config.features.storage == "shar" and split == "train":
+                cuts = write_shards(cuts, out, config.features, seed, jobs, bad_rows=bad)
+            save_cuts(cuts, recipe.path(f"data/features/cuts_{split}.jsonl.gz"))
+            print(f"  {split}: {len(cuts)} cuts", flush=True)
     path = recipe.path("data/features/bad_rows.txt")
     report_bad_rows(bad, total, config.strict, config.max_bad_fraction, path)
     stats = compute_stats(recipe.cuts("train", features=True), config.features)
@@ -421,7 +425,7 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
 
     Raises:
         UserError: a setting, an option of the corpus or a device that does not exist or has a wrong value; an
-            experiment folder of another recipe.
+            experiment folder of another recipe; ``--dask`` without its package or without work.
     """
     corpus = CORPORA[name]
     prefix = "corpus_"
@@ -437,6 +441,13 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
     sounds = chosen_sounds({key: getattr(args, f"with_{key}") for key in SOUNDS}, args.download_dir)
     overrides += [chosen.setting for chosen in sounds]
     experiment = load_experiment([*([config] if config else []), *args.config], overrides)
+    if args.dask is not None:
+        check_dask(args.dask)
+        if experiment.data.features.storage != "stored":
+            raise UserError(
+                f"--dask computes stored features, and data.features.storage={experiment.data.features.storage} leaves "
+                "them to training; leave --dask out, or pass --set data.features.storage=stored"
+            )
     chunks = chosen_chunks(args.decode_chunks, experiment, options)
     nodes = Nodes(args.nodes, args.node_rank, args.master)
     experiment.parallel.check(args.nproc * nodes.count, experiment.memory.offload)
@@ -460,6 +471,7 @@ def make_recipe(name: str, args: argparse.Namespace, command: str, config: Path 
         device=device,
         num_jobs=args.num_jobs,
         command=command,
+        dask=args.dask,
         num_processes=args.nproc,
         nodes=nodes,
         chunks=chunks,

@@ -1,4 +1,4 @@
-"""Features of cuts: computed from audio or read from storage, by a process pool into storage, and their statistics."""
+"""Features of cuts: computed from audio or read, by several processes into storage, and their statistics."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import logging
 import multiprocessing
 import os
 import shutil
+import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -66,6 +68,8 @@ CUTS_PER_FILE = 256
 """Stored features are cut into files by this number alone, so that they do not depend on the number of processes."""
 MIN_AUDIO_PER_PROCESS_S = 600.0
 """Below this much audio a further process takes longer to start than it saves."""
+TASKS_UNDER_WAY = 1000
+"""At most, on an executor that is given: what they say of their cuts takes memory there."""
 
 
 @contextmanager
@@ -204,11 +208,12 @@ def compute_features(
     num_jobs: int | None = None,
     *,
     bad_rows: list[BadRow] | None = None,
+    executor: Executor | None = None,
 ) -> CutSet:
     """Compute and store the features of cuts, at every speed and copy where ``augment`` is given.
 
     The folder appears under its name only when everything in it is complete: work goes on in ``<out_dir>.partial``.
-    Its bytes do not depend on ``num_jobs``.
+    Its bytes do not depend on ``num_jobs`` or ``executor``.
 
     Args:
         cuts: with recordings at 16 kHz.
@@ -220,6 +225,8 @@ def compute_features(
         num_jobs: processes; ``config.num_jobs`` by default. Few are used for little audio.
         bad_rows: gets one entry per given cut that could not be read, with the audio file as its file; such cuts are
             left out. Without a list a warning is logged for each.
+        executor: computes in place of processes of its own, such as that of ``dask_executor``. Where its workers are on
+            other machines, they need the audio and ``out_dir`` under the same names.
 
     Returns:
         The cuts with their ``Features``, in the order given (all utterances at the first speed, at the second, ...).
@@ -255,7 +262,8 @@ def compute_features(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         jobs = config.num_jobs if num_jobs is None else num_jobs
-        for task, results in zip(tasks, run_tasks(_compute_task, tasks, jobs), strict=True):
+        run = run_tasks(_compute_task, tasks, jobs) if executor is None else _run_on(executor, tasks)
+        for task, results in zip(tasks, run, strict=True):
             for cut, result in zip(task.cuts, results, strict=True):
                 if isinstance(result, BadRow):
                     # a recording is bad once, however many speeds and copies were asked for
@@ -311,6 +319,37 @@ def run_tasks(work: Callable[[Task], Result], tasks: Sequence[Task], num_jobs: i
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _run_on(executor: Executor, tasks: Sequence[_Task]) -> Iterator[list[Features | BadRow]]:
+    """Results in the order of the tasks, of which not too many are under way."""
+    waiting: deque[Future[list[Features | BadRow]]] = deque()
+    left = iter(tasks)
+    try:
+        for task in left:
+            waiting.append(executor.submit(_compute_elsewhere, task))
+            if len(waiting) >= TASKS_UNDER_WAY:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except CancelledError as error:
+        raise UserError("what was to compute features ended before they were done; run the stage again") from error
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _compute_elsewhere(task: _Task) -> list[Features | BadRow]:
+    """One file, in a process that may have several threads and may have lost the first try of this task."""
+    torch.set_num_threads(1)
+    folder = Path(task.path).parent
+    if not folder.is_dir():
+        raise UserError(
+            f"{socket.gethostname()}, which is to compute features, has no folder {folder}; all machines need the same "
+            "folders under the same names"
+        )
+    Path(task.path).unlink(missing_ok=True)
+    return _compute_task(task)
 
 
 def _start_worker() -> None:

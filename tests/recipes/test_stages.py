@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -208,7 +209,9 @@ class Tiny:
         self.capsys.readouterr()
         argv = ["yesno", "--exp-dir", str(self.exp), "--num-recombined", "0", "--num-jobs", "1", *words]
         assert recipes.cli.main(argv) == code
-        return self.capsys.readouterr().out.splitlines()
+        shown = self.capsys.readouterr()
+        self.error = shown.err
+        return shown.out.splitlines()
 
     def digest(self, name: str) -> str:
         return hashlib.sha256((self.exp / name).read_bytes()).hexdigest()
@@ -223,6 +226,40 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     config = write_config(tmp_path / "tiny.yaml")
     monkeypatch.setattr(recipes.cli, "default_config", lambda corpus: config)
     return Tiny(tmp_path, capsys)
+
+
+def test_features_on_dask_are_those_of_this_machine(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed = pytest.importorskip("distributed", reason="pip install 'transducer-asr[dask]'")
+    monkeypatch.setattr("asr.data.features.CUTS_PER_FILE", 5)
+    tiny.run("--corpus-dir", str(tiny.corpus), "--stop-stage", "features")
+
+    def made() -> dict[str, bytes]:
+        folder = tiny.exp / "data/features"
+        return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+    before = made()
+    assert len([name for name in before if name.endswith(".f32")]) > 5
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster:
+        place = ["--dask", cluster.scheduler_address]
+        assert _ran(tiny.run(*place, "--stop-stage", "features")) == []  # a place, not a setting
+        assert _ran(tiny.run(*place, "--stage", "features", "--stop-stage", "features", "--force")) == ["features"]
+    assert made() == before
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ("absent", "--dask needs distributed; install: pip install 'transducer-asr[dask]'"),
+        ("json", "--dask computes stored features"),
+    ],
+)
+def test_dask_without_package_or_work_is_refused(
+    tiny: Tiny, found: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: find(found if name == "distributed" else name))
+    tiny.run("--dask", "tcp://127.0.0.1:1", "--set", "data.features.storage=on_the_fly", code=2)
+    assert says in tiny.error
 
 
 def test_a_recipe_runs_stops_goes_on_and_is_not_repeated(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,10 +129,12 @@ def _within_budget(
     ranks: Ranks,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[list[str], str]:
-    """Modes as the first process measures them on a full batch of cuts as long as the longest."""
+    """Modes as the first process measures them on a full batch of utterances as long as the longest."""
     most_s = experiment.data.max_duration_s
-    longest_s = min(most_s, float(durations_of(cuts).max(initial=0.0)) or most_s)
-    size, frames = int(most_s // longest_s), max(7, round(1000 * longest_s / FRAME_SHIFT_MS))
+    plain = cuts if isinstance(cuts, PackedCuts) else list(cuts)
+    longest_s = min(most_s, _longest_s(float(durations_of(plain).max(initial=0.0)), experiment.data) or most_s)
+    size = int(most_s // longest_s)
+    frames = max(7, num_feature_frames(math.ceil(longest_s * SAMPLE_RATE_HZ), experiment.data.features))
     chosen: tuple[list[str], str] = ranks.from_first(
         lambda: within_budget(
             measure(model.encoder, size, frames, context),
@@ -353,20 +355,23 @@ def _batch(size: int, longest: tuple[int, int], model: Transducer, device: torch
     ).to(device)
 
 
+def _longest_s(cut_s: float, config: DataConfig) -> float:
+    """Seconds of the longest utterance, at the slowest speed, with silence and joined, of those of the longest cut."""
+    augment = config.augment
+    # stored features are of all speeds already
+    slowest = 1.0 if config.features.storage == "stored" else min(1.0, *augment.speed_factors)
+    silence_s = (max(augment.pad_front_ms, default=0.0) + max(augment.pad_behind_ms, default=0.0)) / 1000
+    alone_s = cut_s / slowest + silence_s
+    if augment.concat_prob == 0:
+        return alone_s
+    return max(alone_s, min(2 * alone_s, augment.concat_max_s, config.max_duration_s))
+
+
 def longest_utterance(cuts: Any, tokenizer: Tokenizer, config: DataConfig) -> tuple[int, int]:
     """Feature frames and tokens of the longest utterance, by the hundred longest cuts; with silence, and joined."""
     plain = cuts if isinstance(cuts, PackedCuts) else list(cuts)
     longest = [plain[number] for number in np.argsort(-durations_of(plain), kind="stable")[:100].tolist()]
-    # stored features are of all speeds already
-    augment = config.augment
-    slowest = 1.0 if config.features.storage == "stored" else min(1.0, *augment.speed_factors)
-    silence_s = (max(augment.pad_front_ms, default=0.0) + max(augment.pad_behind_ms, default=0.0)) / 1000
-    longest_s = longest[0].duration / slowest + silence_s
-    joined = augment.concat_prob > 0
-    if joined:
-        longest_s = max(longest_s, min(2 * longest_s, augment.concat_max_s, config.max_duration_s))
-    samples = math.ceil(longest_s * SAMPLE_RATE_HZ)
-    frames = num_feature_frames(samples, config.features)
+    frames = num_feature_frames(math.ceil(_longest_s(longest[0].duration, config) * SAMPLE_RATE_HZ), config.features)
     tokens = max((len(tokenizer.encode(p.text)) for cut in longest for p in cut.supervisions if p.text), default=1)
-    tokens = 2 * tokens + 1 if joined else tokens
+    tokens = 2 * tokens + 1 if config.augment.concat_prob > 0 else tokens
     return frames, max(1, min(tokens, (frames - 3) // 4))  # "modified" spends a frame on each

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from asr.data.augmentation import expand_cuts
+from asr.data.fbank import num_feature_frames
+from asr.data.utterances import Utterances
 from asr.errors import UserError
 from asr.models.transducer import Transducer
+from asr.training import memory_plan
 from asr.training.memory import used_bytes
 from asr.training.memory_plan import Costs, _within_limit, longest_utterance
+from asr.training.ranks import Ranks
 from asr.training.trainer import TrainData
+from tests.asr.data.speech import write_cuts
 from tests.asr.training.runs import NO_DROPOUT, TOKENIZER, differences, experiment, newest, records, run
 
 MIB = 2**20
@@ -126,6 +134,50 @@ def test_the_longest_utterance_has_silence_and_may_be_two() -> None:
     assert 500 <= frames < 570 and tokens == 5
     frames, _ = longest_utterance(cuts, TOKENIZER, experiment(*joined, "data.augment.concat_max_s=4").data)
     assert 400 <= frames < 470
+
+
+@pytest.mark.parametrize(
+    ("settings", "seconds", "size"),
+    [
+        ([], 2.0, 10),
+        (["data.augment.speed_factors=[0.8, 1.0]"], 2.5, 8),
+        (["data.augment.pad_front_ms=[0, 500]", "data.augment.pad_behind_ms=[100, 300]"], 2.8, 7),
+        (["data.augment.concat_prob=0.1"], 4.0, 5),
+        (["data.augment.concat_prob=0.1", "data.augment.concat_max_s=3"], 3.0, 6),
+        (["data.augment.concat_prob=0.1", "data.max_duration_s=3"], 3.0, 1),
+        (["data.augment.concat_prob=0.1", "data.augment.pad_front_ms=[1000, 1000]"], 6.0, 3),
+    ],
+)
+def test_a_budget_is_measured_on_utterances_as_long_as_they_come(
+    settings: list[str], seconds: float, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With silence and joined, at the slowest speed; of cuts of the recordings no utterance is longer."""
+    common = ["data.features.storage=on_the_fly", "data.max_duration_s=20", "memory.checkpointing=budget"]
+    config = experiment(*common, *settings)
+    cuts = [*write_cuts(tmp_path, [2.0, 2.0, 1.0, 1.2, 1.9, 0.5])]
+    measured: list[tuple[int, int]] = []
+
+    def note(encoder: Any, size: int, frames: int, context: Any) -> Costs:
+        measured.append((size, frames))
+        return Costs(0.0, 0.0)
+
+    monkeypatch.setattr(memory_plan, "measure", note)
+    monkeypatch.setattr(memory_plan, "within_budget", lambda *_: ([], ""))
+    model = SimpleNamespace(encoder=SimpleNamespace(blocks=[None]))
+    memory_plan._within_budget(config, model, cuts, Ranks(), nullcontext)  # type: ignore[arg-type]
+    frames = num_feature_frames(round(seconds * 16000), config.data.features)
+    assert measured == [(size, frames)]
+    assert longest_utterance(cuts, TOKENIZER, config.data)[0] == frames
+    found = 0
+    for epoch in range(20):
+        utterances = Utterances(
+            expand_cuts(cuts, config.data.augment),
+            config.data.augment,
+            epoch=epoch,
+            max_s=min(config.data.augment.concat_max_s, config.data.max_duration_s),
+        )
+        found = max(found, *(num_feature_frames(one.num_samples, config.data.features) for one in utterances))
+    assert 0.75 * frames < found <= frames
 
 
 def test_a_run_within_a_limit_ends_in_the_same_weights(data: TrainData, tmp_path: Path) -> None:

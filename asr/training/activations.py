@@ -133,7 +133,9 @@ def _cost(autocast: Callable[[], AbstractContextManager[Any]], part: nn.Module, 
     def both() -> float:
         begin = time.perf_counter()
         out = forward()
-        torch.autograd.grad(out, list(part.parameters()), torch.ones_like(out))
+        if out.requires_grad:  # not of a frozen part that hears what needs no gradient
+            trained: list[Tensor] = [p for p in part.parameters() if p.requires_grad]
+            torch.autograd.grad(out, trained or [x], torch.ones_like(out))
         if out.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - begin

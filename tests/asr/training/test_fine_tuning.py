@@ -13,12 +13,21 @@ from asr.data.tokenizer import Tokenizer, TokenizerConfig
 from asr.errors import UserError
 from asr.training.trainer import TrainData, train
 from tests.asr.data.speech import WORDS
-from tests.asr.training.runs import TOKENIZER, experiment, make_trainer, read_data, run
+from tests.asr.training.runs import TOKENIZER, experiment, make_trainer, read_data, records, run
 
 
 @pytest.fixture(scope="module")
 def data(folder: Path) -> TrainData:
     return read_data(folder)
+
+
+@pytest.mark.parametrize("frozen", ["encoder.subsampling", "encoder.blocks.0", "encoder"])
+def test_frozen_parts_have_a_memory_plan(frozen: str, data: TrainData, tmp_path: Path) -> None:
+    for number, memory in enumerate(["memory={checkpointing: budget, activation_budget: 0.9}", "memory.limit=4GiB"]):
+        out = tmp_path / str(number)
+        result = run(data, out, f"training.freeze=[{frozen}]", memory, "training.max_steps=2")
+        assert result.reason == "finished"
+        assert [record["loss"] > 0 for record in records(out, "train")] == [True, True]
 
 
 @pytest.fixture(scope="module")

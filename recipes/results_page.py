@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from asr.data.packed_cuts import PackedCuts
 from asr.decoding.latency_report import aligned_table
+from asr.decoding.score import rate_name
 from recipes import STAGES
 from recipes.decoding import decodings, read_score
 from recipes.engine import DONE_DIR, write_atomic
@@ -85,13 +86,18 @@ def _rates(recipe: Recipe) -> Table:
 
 
 def _exports(recipe: Recipe) -> Table:
-    rows = [["export", "precision", "MB", "ms a chunk, median", "95%", "WER, %", "PyTorch's, %", "verdict"]]
-    for path in sorted(recipe.path("verify").glob("*/verify.json")):
-        for one in json.loads(path.read_text(encoding="utf-8"))["precisions"]:
+    rate = rate_name(recipe.experiment.training.errors_in)
+    key = f"{rate.lower()}_percent"
+    rows = [["export", "precision", "MB", "ms a chunk, median", "95%", f"{rate}, %", "PyTorch's, %", "verdict"]]
+    for name in recipe.experiment.export.folders:
+        path = recipe.path(f"verify/{name}/verify.json")
+        for one in json.loads(path.read_text(encoding="utf-8"))["precisions"] if path.is_file() else []:
+            if key not in one:  # of an earlier version
+                continue
             numbers = [one["bytes"] / 1e6, one["step_ms_median"], one["step_ms_p95"]]
-            rates = [one["wer_percent"], one["eager_wer_percent"]]
+            rates = [one[key], one[f"eager_{key}"]]
             verdict = "holds" if one["ok"] else f"fails: {one['reason']}"
-            rows.append([path.parent.name, one["precision"], *(f"{x:.2f}" for x in (*numbers, *rates)), verdict])
+            rows.append([name, one["precision"], *(f"{x:.2f}" for x in (*numbers, *rates)), verdict])
     return Table("Exported files, in their runtimes", rows, left=2)
 
 
@@ -110,7 +116,7 @@ def _links(recipe: Recipe) -> list[Path]:
     wanted = ["train/report.html", "data/preflight.html", "decode/wer-by-chunk.txt"]
     wanted += [f"decode/{folder}/errs-{name}.txt" for folder in decodings(recipe.experiment, recipe.chunks)
                for name in recipe.options.tests]  # fmt: skip
-    wanted += [str(path.relative_to(recipe.exp_dir)) for path in sorted(recipe.path("verify").glob("*/verify.html"))]
+    wanted += [f"verify/{name}/verify.html" for name in recipe.experiment.export.folders]
     return [Path(name) for name in wanted if recipe.path(name).is_file()]
 
 

@@ -38,7 +38,6 @@ from asr.data.manifests import load_cuts, save_cuts
 from asr.device import resolve_device
 from asr.errors import Terminated, UserError
 from asr.export import TARGETS
-from asr.export.config import ExportConfig
 from asr.models.context import Milliseconds
 from asr.training.fine_tuning import begin_file
 from asr.training.launch import Nodes, check_processes
@@ -232,15 +231,6 @@ def run_average(recipe: Recipe) -> None:
     average(recipe.path("train"), cuts, recipe.experiment.average, device=recipe.device)
 
 
-def export_names(config: ExportConfig) -> dict[str, tuple[str, Milliseconds]]:
-    """Folder name of each export: its target and chunk."""
-    return {
-        f"{target}-{chunk if chunk == 'full' else f'{chunk}ms'}": (target, chunk)
-        for target in config.targets
-        for chunk in config.chunk_ms
-    }
-
-
 def _exported(recipe: Recipe) -> Loaded:
     """The averaged model with the recipe's settings of the export."""
     from asr.decoding.load import load_for_decoding
@@ -261,7 +251,7 @@ def run_export(recipe: Recipe) -> None:
     loaded, development = _exported(recipe), recipe.cuts("valid", features=False)
     wanted = {
         name: (target, read_spec(config, str(chunk), development=development))
-        for name, (target, chunk) in export_names(config).items()
+        for name, (target, chunk) in config.folders.items()
     }
     for target, spec in wanted.values():  # all that can be refused, before the first is written
         check_target(target, loaded, spec)
@@ -285,7 +275,7 @@ def run_verify(recipe: Recipe) -> None:
         return
     loaded, cuts = _exported(recipe), recipe.cuts(recipe.options.tests[0], features=False)
     failed = []
-    for name in export_names(config):
+    for name in config.folders:
         folder, checkpoint = recipe.path(f"export/{name}"), recipe.path("train/average.pt")
         report = verify(loaded, checkpoint, folder, cuts, max_wer_increase=config.max_wer_increase)
         write_report(report, recipe.path(f"verify/{name}"))
@@ -301,7 +291,7 @@ def run_verify(recipe: Recipe) -> None:
 
 def print_result(recipe: Recipe) -> None:
     """Where the results are; the last line is the result, see ``print_decoded``."""
-    for name in export_names(recipe.experiment.export):
+    for name in recipe.experiment.export.folders:
         if (proof := recipe.path(f"verify/{name}/verify.html")).is_file():
             print(f"export: {recipe.path(f'export/{name}')}, proof: {proof}")
     print(f"training: {recipe.path('train/report.html')}")
@@ -324,7 +314,7 @@ def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Mill
     trained = ("train/checkpoints", "train/best.pt", "train/metrics.jsonl", "train/config.yaml")
     decoded = tuple(decoded_files(experiment, options, chunks))
     scores = tuple(score_files(experiment, options, chunks))
-    exports = export_names(experiment.export)
+    exports = experiment.export.folders
     proofs = tuple(f"verify/{name}/verify.{kind}" for name in exports for kind in ("json", "html"))
     checks = ("experiment.data.strict", "experiment.data.max_bad_fraction")
     tokens = ("tokenizer/tokenizer.json",)

@@ -34,6 +34,15 @@ class ExportConfig:
     left_context_ms: Milliseconds = 5120
     max_wer_increase: float = 0.3
 
+    @property
+    def folders(self) -> dict[str, tuple[str, Milliseconds]]:
+        """A recipe's folder of each export: its target and chunk."""
+        return {
+            f"{target}-{chunk if chunk == 'full' else f'{chunk}ms'}": (target, chunk)
+            for target in self.targets
+            for chunk in self.chunk_ms
+        }
+
     def __post_init__(self) -> None:
         for target in self.targets:
             find_target(target)

@@ -23,7 +23,7 @@ from asr.data.audio import SAMPLE_RATE_HZ
 from asr.data.batch import Batch
 from asr.data.fbank import FRAME_SHIFT_MS, num_feature_frames
 from asr.data.loader import DataConfig
-from asr.data.packed_cuts import PackedCuts, durations_of
+from asr.data.packed_cuts import JoinedCuts, PackedCuts, durations_of
 from asr.data.tokenizer import Tokenizer
 from asr.errors import UserError
 from asr.models.transducer import LossConfig, Transducer, build_model
@@ -131,7 +131,7 @@ def _within_budget(
 ) -> tuple[list[str], str]:
     """Modes as the first process measures them on a full batch of utterances as long as the longest."""
     most_s = experiment.data.max_duration_s
-    plain = cuts if isinstance(cuts, PackedCuts) else list(cuts)
+    plain = cuts if isinstance(cuts, PackedCuts | JoinedCuts) else list(cuts)
     longest_s = min(most_s, _longest_s(float(durations_of(plain).max(initial=0.0)), experiment.data) or most_s)
     size = int(most_s // longest_s)
     frames = max(7, num_feature_frames(math.ceil(longest_s * SAMPLE_RATE_HZ), experiment.data.features))
@@ -369,7 +369,7 @@ def _longest_s(cut_s: float, config: DataConfig) -> float:
 
 def longest_utterance(cuts: Any, tokenizer: Tokenizer, config: DataConfig) -> tuple[int, int]:
     """Feature frames and tokens of the longest utterance, by the hundred longest cuts; with silence, and joined."""
-    plain = cuts if isinstance(cuts, PackedCuts) else list(cuts)
+    plain = cuts if isinstance(cuts, PackedCuts | JoinedCuts) else list(cuts)
     longest = [plain[number] for number in np.argsort(-durations_of(plain), kind="stable")[:100].tolist()]
     frames = num_feature_frames(math.ceil(_longest_s(longest[0].duration, config) * SAMPLE_RATE_HZ), config.features)
     tokens = max((len(tokenizer.encode(p.text)) for cut in longest for p in cut.supervisions if p.text), default=1)

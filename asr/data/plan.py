@@ -23,7 +23,7 @@ class Plan(Sequence[list[int]]):
 
     def __init__(self, members: np.ndarray, ends: np.ndarray) -> None:
         self.members, self.ends = members, ends
-        self.starts = np.append(0, ends[:-1])
+        self.starts = np.append(0, ends)[:-1]
 
     def __len__(self) -> int:
         return len(self.ends)

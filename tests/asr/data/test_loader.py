@@ -232,7 +232,7 @@ def test_batches_of_a_plan_are_taken_in_any_order() -> None:
     assert list(plan) == [[4, 1], [0], [3, 2]] and len(plan) == 3
     assert list(plan.take(np.array([2, 0, 2]))) == [[3, 2], [4, 1], [3, 2]]
     assert list(plan[1:]) == [[0], [3, 2]] and list(plan[::-2]) == [[3, 2], [4, 1]]
-    assert list(plan[3:]) == [] and len(plan[3:]) == 0
+    assert list(plan[3:]) == [] and len(plan[3:]) == len(plan[3:].starts) == 0
 
 
 def test_batches_bounded_by_the_lattice_resume(stored_cuts: CutSet) -> None:

@@ -165,6 +165,8 @@ def test_bits_do_not_depend_on_workers_or_skipping(cuts: PackedCuts) -> None:
         other = replace(config, num_workers=workers)
         for skip in (0, 1, len(expected) - 1):
             assert_same(load(cuts, other, epoch=3, skip=skip), expected[skip:])
+    # stopped in the validation after an epoch
+    assert list(train_loader(cuts, TOKENIZER, config, seed=1, epoch=3, skip_batches=len(expected))) == []
     of_two = [list(train_loader(cuts, TOKENIZER, config, seed=1, epoch=3, rank=rank, size=2)) for rank in (0, 1)]
     assert_same(of_two[0], expected[::2])
     assert_same(of_two[1][: len(expected) // 2], expected[1::2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from asr.decoding.score import Transcribed
@@ -18,8 +18,8 @@ class ScoringConfig:
         case: keep it, or compare all in lower or upper case.
         unicode: keep characters as they are, or compare composed ones (NFC), or also full-width letters and digits as
             plain ones (NFKC).
-        remove_punctuation: leave out what Unicode calls punctuation, but apostrophes and hyphens between letters or
-            digits.
+        remove_punctuation: put a space in place of what Unicode calls punctuation, but apostrophes and hyphens between
+            letters or digits.
         remove_words: leave out these words, as they stand after all this, such as [UH, UM].
     """
 
@@ -27,6 +27,17 @@ class ScoringConfig:
     unicode: Literal["keep", "NFC", "NFKC"] = "keep"
     remove_punctuation: bool = False
     remove_words: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        others = replace(self, remove_words=[]) if self.remove_words else self
+        for word in self.remove_words:
+            stands = normalise(word, others)
+            if stands != word or len(word.split()) != 1:
+                one = len(stands.split()) == 1
+                raise ValueError(
+                    f"remove_words has {word!r}, which no text has as a word once the other rules are applied; "
+                    + (f"write {stands!r}" if one else "name single words")
+                )
 
     def __str__(self) -> str:
         """In words, for whoever reads an error rate."""
@@ -58,5 +69,10 @@ def normalised(results: Iterable[Transcribed], config: ScoringConfig) -> list[Tr
 def _is_punctuation(text: str, i: int) -> bool:
     if not unicodedata.category(text[i]).startswith("P"):
         return False
-    within = 0 < i < len(text) - 1 and text[i - 1].isalnum() and text[i + 1].isalnum()
+    within = 0 < i < len(text) - 1 and _is_of_a_word(text[i - 1]) and _is_of_a_word(text[i + 1])
     return not (within and text[i] in "'’-")
+
+
+def _is_of_a_word(character: str) -> bool:
+    """A letter or digit, or a mark that belongs to one: an accent of its own, a vowel sign."""
+    return character.isalnum() or unicodedata.category(character).startswith("M")

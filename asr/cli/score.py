@@ -28,10 +28,13 @@ def run(args: argparse.Namespace) -> int:
 
     if other := [text for text in args.set if not text.startswith("scoring")]:
         raise UserError(f"{other[0]!r}: only scoring.* can be set here (asr train --help-keys lists the settings)")
+    names = [path.stem.removeprefix("decoded-") for path in args.files]
+    twice = [str(path) for path, name in zip(args.files, names, strict=True) if names.count(name) > 1]
+    if args.out_dir is not None and twice:
+        raise UserError(f"--out-dir {args.out_dir} has one place for {' and '.join(twice)}; score them apart")
     scoring = load_experiment(None, args.set).scoring
     errors_in: ErrorUnit = "characters" if args.characters else "words"
-    for path in args.files:
-        name = path.stem.removeprefix("decoded-")
+    for path, name in zip(args.files, names, strict=True):
         results = read_decoded(path)
         if not results:
             raise UserError(f"{path} holds no utterances")

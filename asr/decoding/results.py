@@ -98,7 +98,9 @@ def read_decoded(path: Path) -> list[Transcribed]:
             for line in file:
                 number += 1
                 entry = json.loads(line)
-                found.append(Transcribed(str(entry["id"]), str(entry["ref"]), str(entry["hyp"])))
+                if not (isinstance(entry["ref"], str) and isinstance(entry["hyp"], str)):
+                    raise TypeError
+                found.append(Transcribed(str(entry["id"]), entry["ref"], entry["hyp"]))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError):

@@ -110,6 +110,7 @@ def test_what_was_decoded_is_scored_again_in_another_way(tmp_path, capsys):
 @pytest.mark.parametrize(("text", "words", "message"), [
     ('{"id": "a", "ref": "b"}\n', [], "decoded-test.jsonl:1: not a line with id, ref and hyp"),
     ('{"id": "a", "ref": "b", "hyp": "c"}\n{', [], "decoded-test.jsonl:2: not a line"),
+    ('{"id": "a", "ref": "b", "hyp": null}\n', [], "decoded-test.jsonl:1: not a line with id, ref and hyp"),
     ("", [], "holds no utterances"),
     (None, [], "cannot read .*decoded-test.jsonl: No such file"),
     ("", ["--set", "model.preset=s"], r"'model.preset=s': only scoring.\* can be set here"),
@@ -122,6 +123,17 @@ def test_what_cannot_be_scored_is_told_in_one_line(tmp_path, capsys, text, words
     assert main(["score", str(path), *words]) == 2
     said = capsys.readouterr().err
     assert re.search(message, said) and len(said.splitlines()) == 1
+
+
+def test_files_of_one_name_do_not_replace_each_other(tmp_path, capsys):
+    paths = [tmp_path / folder / "decoded-test.jsonl" for folder in ("greedy", "beam")]
+    for path in paths:
+        path.parent.mkdir()
+        write_decoded(path.parent, "test", RESULTS)
+    words = ["score", *map(str, paths)]
+    assert main(words) == 0
+    assert main([*words, "--out-dir", str(tmp_path / "out")]) == 2
+    assert "has one place for" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_successive_errors_are_shown_together():

@@ -41,7 +41,7 @@ class Metrics:
 class WerLine:
     """Result of one search on one set. `wer` and `interval` (low, high) are fractions; NaN where there is no rate.
 
-    With `errors_in` "characters" all are of characters.
+    With `errors_in` "characters" all are of characters. `texts` says what was done to them before.
     """
 
     search: str
@@ -56,6 +56,7 @@ class WerLine:
     substitutions: int
     interval: tuple[float, float]
     errors_in: str = "words"
+    texts: str = "as they are"
 
 
 def number(value: Any) -> float:
@@ -173,6 +174,7 @@ def _wer_line(path: Path) -> WerLine:
         substitutions=int(words["substitutions"]),
         interval=(number(interval["low"]), number(interval["high"])),
         errors_in=errors_in,
+        texts=str(score.get("texts", WerLine.texts)),
     )
 
 

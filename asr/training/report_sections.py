@@ -132,7 +132,9 @@ def wer_table(wers: Sequence[WerLine]) -> str:
     rows = []
     for w in wers[:50]:
         counts = "".join(f"<td>{c:,}</td>" for c in (w.errors, w.words, w.insertions, w.deletions, w.substitutions))
-        setting = f'<div class="more">{text(w.setting[:200])}</div>' if w.setting and w.setting != w.search else ""
+        said = [w.setting[:200]] if w.setting and w.setting != w.search else []
+        said += [f"texts {w.texts[:200]}"] if w.texts != WerLine.texts else []
+        setting = f'<div class="more">{text(", ".join(said))}</div>' if said else ""
         rows.append(
             f'<tr><td class="t">{text(w.search)}{setting}</td><td class="t">{text(w.test_set)}</td>'
             f'<td class="big">{_percent(w.wer)}</td>{counts}<td>{_interval(w)}</td><td>{_range_bar(w, top)}</td></tr>'

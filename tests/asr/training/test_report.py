@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from asr.decoding.normalise import ScoringConfig
 from asr.decoding.results import write_results
 from asr.decoding.score import Transcribed
 from asr.training.report import MAX_BYTES, ReportExtra, write_report
@@ -155,6 +156,16 @@ def test_results_in_characters_are_shown_as_such(tmp_path: Path) -> None:
     assert "Best validation CER" in page and "Character error rate" in page
     assert "<th>CER</th><th>Errors</th><th>Characters</th>" in page and "2 errors in 5 characters" in page
     assert "WER" not in page.split("<body>")[1]
+
+
+def test_what_was_done_to_texts_stands_beside_their_rate(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "metrics.jsonl").write_text("")
+    texts = [Transcribed("a", "Yes", "yes")]
+    write_results(tmp_path / "decode" / "greedy", "test", "greedy", texts)
+    assert "greedy greedy test 100.00%" not in (said := page_of(tmp_path).text) and "greedy test 100.00%" in said
+    write_results(tmp_path / "decode" / "beam", "test", "beam=4", texts, scoring=ScoringConfig(case="lower"))
+    assert "beam beam=4, texts all in lower case test 0.00%" in page_of(tmp_path).text
 
 
 def test_worst_utterances_are_aligned(exp_dir: Path) -> None:

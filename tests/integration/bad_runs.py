@@ -57,7 +57,10 @@ class Case:
     """Where in the experiment this command is there to write anew."""
 
 
-VALID_STAGES = "0 download, 1 prepare, 2 features, 3 tokenizer, 4 train, 5 average, 6 decode, 7 export, 8 verify"
+VALID_STAGES = (
+    "0 download, 1 prepare, 2 features, 3 tokenizer, 4 train, 5 average, ",
+    " 5 average, 6 decode, 7 score, 8 export, 9 verify, 10 report",
+)
 
 COMMAND_LINE = [
     Case("unknown corpus", "recipes yesnoo", ("unknown corpus yesnoo", "did you mean yesno?")),
@@ -69,8 +72,8 @@ COMMAND_LINE = [
     Case("seed that is no number", RECIPE + " --seed one", ("--seed", "'one'")),
     Case("no processes", RECIPE + " --num-jobs 0", ("--num-jobs 0", "at least 1")),
     Case("corpus option out of range", RECIPE + " --num-recombined -1", ("num_recombined=-1 is negative",)),
-    Case("stage out of range", RECIPE + " --stage 9", ("stage 9 is out of range", VALID_STAGES)),
-    Case("negative stage", RECIPE + " --stop-stage -1", ("stage -1 is out of range", VALID_STAGES)),
+    Case("stage out of range", RECIPE + " --stage 11", ("stage 11 is out of range", *VALID_STAGES)),
+    Case("negative stage", RECIPE + " --stop-stage -1", ("stage -1 is out of range", *VALID_STAGES)),
     Case("misspelled stage", RECIPE + " --stage tokenise", ("stage tokenise is not a stage", "did you mean tokenizer")),
     Case("stages in the wrong order", RECIPE + " --stage 4 --stop-stage 2", ("--stage 4 comes after --stop-stage 2",)),
     Case("unknown device", RECIPE + " --device gpu", ("--device gpu is unknown", "cuda")),

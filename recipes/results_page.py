@@ -57,8 +57,8 @@ def _about(recipe: Recipe) -> list[str]:
             lines = [
                 f"preset {experiment.model.preset}, {start['parameters'] / 1e6:.1f}M parameters, {vocab} tokens "
                 f"({experiment.tokenizer.kind}), loss {experiment.loss.method}, seed {experiment.seed}",
-                f"{start['machine']}; device {start['device']}, {start['processes']} processes, {start['threads']} "
-                f"threads, {start['precision']}, torch {start['torch']}",
+                f"{start['machine']}; device {start['device']}, processes {start['processes']}, threads "
+                f"{start['threads']}, {start['precision']}, torch {start['torch']}",
             ]
     return [*lines, recipe.command]
 
@@ -124,7 +124,8 @@ def _markdown(name: str, about: Sequence[str], tables: Sequence[Table]) -> str:
     *lines, command = about
     parts = [f"# {name}", "\n".join(f"{line}  " for line in lines), f"    {command}"]
     for table in tables:
-        parts += [f"## {table.title}", aligned_table(table.rows, table.rows[0][: table.left])]
+        rows = [[cell.replace("|", r"\|") for cell in row] for row in table.rows]
+        parts += [f"## {table.title}", aligned_table(rows, rows[0][: table.left])]
         parts += [table.note] if table.note else []
     return "\n\n".join(parts) + "\n"
 

@@ -227,6 +227,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 CHANGED = [
+    "scoring={case: lower, remove_words: [uh, um]}",
     "name=ünïcode: 'quoted' # no comment",
     "seed=12345678901",
     "tokenizer={kind: char, vocab_size: 77}",

@@ -47,20 +47,16 @@ def run_report(recipe: Recipe) -> None:
 def _about(recipe: Recipe) -> list[str]:
     """What was trained, on what, and by which command."""
     experiment = recipe.experiment
-    lines = [f"{experiment.model.preset}, loss {experiment.loss.method}, tokens {experiment.tokenizer.kind}"]
-    first = recipe.path("train/metrics.jsonl")
-    if first.is_file():
-        with open(first, encoding="utf-8") as file:
-            start = json.loads(file.readline() or "{}")
-        if "parameters" in start:
-            vocab = len(recipe.path("tokenizer/tokens.txt").read_text(encoding="utf-8").splitlines())
-            lines = [
-                f"preset {experiment.model.preset}, {start['parameters'] / 1e6:.1f}M parameters, {vocab} tokens "
-                f"({experiment.tokenizer.kind}), loss {experiment.loss.method}, seed {experiment.seed}",
-                f"{start['machine']}; device {start['device']}, processes {start['processes']}, threads "
-                f"{start['threads']}, {start['precision']}, torch {start['torch']}",
-            ]
-    return [*lines, recipe.command]
+    with open(recipe.path("train/metrics.jsonl"), encoding="utf-8") as file:
+        start = json.loads(file.readline())
+    vocab_size = len(recipe.path("tokenizer/tokens.txt").read_text(encoding="utf-8").splitlines())
+    return [
+        f"preset {experiment.model.preset}, {start['parameters'] / 1e6:.1f}M parameters, {vocab_size} tokens "
+        f"({experiment.tokenizer.kind}), loss {experiment.loss.method}, seed {experiment.seed}",
+        f"{start['machine']}; device {start['device']}, processes {start['processes']}, threads "
+        f"{start['threads']}, {start['precision']}, torch {start['torch']}",
+        recipe.command,
+    ]
 
 
 def _audio(recipe: Recipe) -> Table:

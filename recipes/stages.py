@@ -406,7 +406,7 @@ def stages(experiment: Experiment, options: CorpusOptions, chunks: Sequence[Mill
             proofs,
             ("experiment.export",),
         ),
-        Stage("report", run_report, (*cuts, *scores, *proofs), (PAGE, TEXT), ()),
+        Stage("report", run_report, (*cuts, *tokens, "train/metrics.jsonl", *scores, *proofs), (PAGE, TEXT), ()),
     ]
 
 

@@ -253,9 +253,9 @@ class BatchDataset(Dataset[Batch]):
     def _features(self, row: Utterance) -> np.ndarray:
         if row.cuts[0].features is not None:
             return load_stored_features(row.cuts[0])
-        if self._epoch is None:
-            return features_of(row.load(self._shards), row.id, self._fbank)
         samples = row.load(self._shards)
+        if self._epoch is None:
+            return features_of(samples, row.id, self._fbank)
         return features_of(samples, row.id, self._fbank, self._config.augment, seed=self._seed, epoch=self._epoch)
 
 
